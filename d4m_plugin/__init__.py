@@ -1,0 +1,57 @@
+"""Distil an image dataset with latent diffusion (D4M, arXiv:2407.15138) and train any Lightning model on it."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from d4m_plugin.callbacks import TeacherMatching
+    from d4m_plugin.datamodules import D4MDataModule
+    from d4m_plugin.diffusion import LatentDiffusion
+    from d4m_plugin.distillation import distill
+    from d4m_plugin.distilled import DistilledDataset
+    from d4m_plugin.errors import InputError
+    from d4m_plugin.models import ConvNet, ImageClassifier
+    from d4m_plugin.recipe import Recipe
+    from d4m_plugin.sources import Digits, Source
+    from d4m_plugin.teachers import Teacher
+
+# Where each public name lives. They are imported when first used: torch, lightning and diffusers take seconds.
+_HOMES = {
+    "ConvNet": "models",
+    "D4MDataModule": "datamodules",
+    "Digits": "sources",
+    "DistilledDataset": "distilled",
+    "ImageClassifier": "models",
+    "InputError": "errors",
+    "LatentDiffusion": "diffusion",
+    "Recipe": "recipe",
+    "Source": "sources",
+    "Teacher": "teachers",
+    "TeacherMatching": "callbacks",
+    "distill": "distillation",
+}
+__all__ = [  # noqa: F822  # the names are there by __getattr__
+    "ConvNet",
+    "D4MDataModule",
+    "Digits",
+    "DistilledDataset",
+    "ImageClassifier",
+    "InputError",
+    "LatentDiffusion",
+    "Recipe",
+    "Source",
+    "Teacher",
+    "TeacherMatching",
+    "distill",
+]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,41 @@
+"""Where finished and unfinished work is kept."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from d4m_plugin.errors import InputError
+
+
+def resolve_cache_dir(cache_dir: str | Path | None = None) -> Path:
+    """Return the cache folder: the one given, else $D4M_CACHE, else $XDG_CACHE_HOME/d4m, else ~/.cache/d4m.
+
+    Raises:
+        InputError: where it cannot be made or written.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d4m"
+    folder = Path(cache_dir or os.environ.get("D4M_CACHE") or default).expanduser().resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder / f".writable-{os.getpid()}") as probe:
+            probe.touch()
+        (folder / f".writable-{os.getpid()}").unlink()
+    except OSError as error:
+        raise InputError(
+            f"`cache_dir` is {str(folder)!r}, which cannot be written ({error.strerror}); name another folder."
+        ) from error
+    return folder
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a path to write to beside `path`, flushed to disk and renamed to it at the end: readers see all or nothing."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

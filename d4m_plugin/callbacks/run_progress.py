@@ -1,0 +1,55 @@
+"""One progress bar for a whole training run."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm.auto import tqdm
+
+METRICS_EVERY = 20  # steps: reading a metric waits for the accelerator
+
+
+class RunProgress(ProgressBar):
+    """Shows the steps of the whole run, with rate and time left, where Lightning's own bar starts anew each epoch.
+
+    An epoch of a distilled set may be one step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: tqdm[Any] | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Show nothing: Lightning calls this on all ranks but the first."""
+        self._enabled = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar."""
+        if self._enabled:
+            total = int(trainer.estimated_stepping_batches)
+            self._bar = tqdm(
+                total=total, initial=trainer.global_step, desc=f"{'Training':<12}", unit=" steps", dynamic_ncols=True
+            )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Move on to the step reached."""
+        if self._bar is None:
+            return
+        if trainer.global_step % METRICS_EVERY == 0:
+            metrics = self.get_metrics(trainer, pl_module)
+            self._bar.set_postfix({name: value for name, value in metrics.items() if name != "v_num"}, refresh=False)
+        self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that the message starts a line of its own."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,142 @@
+"""Training-Time Matching for any LightningModule (D4M, section 3.3)."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from torch import Tensor, nn
+
+from d4m_plugin.datamodules import D4MDataModule
+from d4m_plugin.errors import InputError
+from d4m_plugin.matching import cutmix, matching_loss
+from d4m_plugin.teachers import Teacher, load_teacher
+
+
+class TeacherMatching(L.Callback):
+    """Make a LightningModule learn from a teacher in place of the labels, its code unedited.
+
+    While fitting, each batch is mixed and goes through the module's own `training_step`; the student's logits are
+    taken from its forward pass, and the loss that it returns is replaced by the one of matching the teacher, which
+    sees the same pixels. The module's own metrics go on: they get integer labels, those of the larger part of each
+    mixed image. The teacher is held here alone: no part of it is in the module, its checkpoint or its optimiser.
+
+    Args:
+        teacher: `auto` for the source's own; a checkpoint (.ckpt) of a run with `train_on: real`; `torchvision:NAME`
+            for a classifier trained on ImageNet; or null to leave the module's own loss and batches alone.
+        temperature: T, by which the logits of both are divided, above 0.
+        mixing: `cutmix` (the paper's) or `none`.
+        student: the submodule that returns the logits, such as `model`; by default the module itself, which then
+            has to call `self(images)` in its training step.
+
+    Raises:
+        InputError: where the teacher is unknown or has other classes, the data is not a D4MDataModule, the module
+            optimises manually, or no logits are seen.
+    """
+
+    def __init__(
+        self,
+        teacher: str | Path | Teacher | None = "auto",
+        temperature: float = 20.0,
+        mixing: Literal["cutmix", "none"] = "cutmix",
+        student: str | None = None,
+    ) -> None:
+        if temperature <= 0:
+            raise InputError(f"`temperature` is {temperature}; it must be above 0.")
+        self.teacher, self.temperature, self.mixing, self.student = teacher, temperature, mixing, student
+        self._loaded: Teacher | None = None
+        self._restore: Callable[[], None] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Load the teacher and wrap the module's training step."""
+        if stage != "fit" or self.teacher is None:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit and declares it nowhere
+        if not isinstance(data, D4MDataModule):
+            raise InputError(f"TeacherMatching needs a D4MDataModule as `data`; it is {type(data).__name__}.")
+        if not pl_module.automatic_optimization:
+            raise InputError(
+                f"{type(pl_module).__name__} has `automatic_optimization` set to False, so TeacherMatching cannot "
+                "replace its loss; use a module that returns its loss from `training_step`."
+            )
+        self._loaded = load_teacher(self.teacher, data.source)
+        self._wrap(pl_module, self._logits_module(pl_module), data)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Move the teacher to where the module is."""
+        if self._loaded is not None:
+            self._loaded.to(pl_module.device)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the module its own training step back."""
+        self._unwrap()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the module its own training step back."""
+        self._unwrap()
+
+    def _logits_module(self, pl_module: L.LightningModule) -> nn.Module:
+        if self.student is None:
+            return pl_module
+        try:
+            return pl_module.get_submodule(self.student)
+        except AttributeError as error:
+            names = ", ".join(name for name, _ in pl_module.named_children())
+            raise InputError(
+                f"`student` is {self.student!r}, which {type(pl_module).__name__} does not have; it has {names}."
+            ) from error
+
+    def _wrap(self, pl_module: L.LightningModule, logits_module: nn.Module, data: D4MDataModule) -> None:
+        own_step = pl_module.training_step
+        teacher = self._loaded
+        assert teacher is not None
+
+        @functools.wraps(own_step)
+        def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            images, labels = _images_and_labels(batch)
+            if self.mixing == "cutmix":
+                mixed = cutmix(images)
+                images, labels = mixed.images, mixed.labels(labels)
+            seen: list[Tensor] = []
+            shape = (len(images), data.num_classes)
+
+            def see(module: nn.Module, inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor) and output.shape == shape:
+                    seen.append(output)
+
+            hook = logits_module.register_forward_hook(see)
+            try:
+                result = own_step((images, labels), *args, **kwargs)
+            finally:
+                hook.remove()
+            if not seen:
+                raise InputError(
+                    f"TeacherMatching saw no logits of shape {shape} from "
+                    f"{'the module itself' if self.student is None else repr(self.student)} in the training step of "
+                    f"{type(pl_module).__name__}; set `student` to the submodule that returns them."
+                )
+            loss = matching_loss(seen[-1], teacher(data.to_unit_range(images)), self.temperature)
+            pl_module.log("matching_loss", loss.detach(), prog_bar=True)
+            return {**result, "loss": loss} if isinstance(result, dict) else loss
+
+        own_attribute = vars(pl_module).get("training_step")
+        pl_module.training_step = training_step  # type: ignore[method-assign]  # on the instance: its class stays as it is
+
+        def restore() -> None:
+            del pl_module.training_step
+            if own_attribute is not None:
+                pl_module.training_step = own_attribute  # type: ignore[method-assign]
+
+        self._restore = restore
+
+    def _unwrap(self) -> None:
+        if self._restore is not None:
+            self._restore()
+        self._restore = self._loaded = None
+
+
+def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise InputError(f"TeacherMatching takes batches of (images, labels); this one is a {type(batch).__name__}.")

@@ -1,0 +1,152 @@
+"""The distilled set as the training data of any LightningModule, real images as its validation and test data."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from d4m_plugin.distillation import distill
+from d4m_plugin.distilled import DistilledDataset
+from d4m_plugin.errors import InputError
+from d4m_plugin.recipe import Recipe
+from d4m_plugin.sources import Digits, LabelledImages, Source
+from d4m_plugin.subsets import random_subset
+
+
+class D4MDataModule(L.LightningDataModule):
+    """Builds or finds the distilled set of a source, and trains on it; validates and tests on real images.
+
+    The recipe's options (`ipc`, `strength`, …) are options of this class. Distilling is done in `setup`, since
+    Lightning lets one process alone run `prepare_data`.
+
+    Args:
+        source: the real dataset; scikit-learn's digits by default.
+        train_on: `distilled`; `real`, all training images; or `random`, as many real images a class as `ipc` says.
+        batch_size: images a batch, at least 1.
+        num_workers: processes that load and augment images.
+        crop_scale: share of the image's area that a random crop covers, least and most.
+        flip: mirror half of the training images.
+        cache_dir: where distilled sets are kept; by default $D4M_CACHE, else ~/.cache/d4m.
+        recipe: options of the Recipe.
+
+    Attributes:
+        num_classes: known at once, for the model's construction.
+        image_size: edge in pixels of the batches' images.
+        distilled: the distilled set, after `setup("fit")` with `train_on: distilled`.
+
+    Raises:
+        InputError: where an option cannot work.
+    """
+
+    def __init__(
+        self,
+        source: Source | None = None,
+        train_on: Literal["distilled", "real", "random"] = "distilled",
+        batch_size: int = 100,
+        num_workers: int = 0,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        flip: bool = True,
+        cache_dir: str | Path | None = None,
+        **recipe: Any,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise InputError(f"`batch_size` is {batch_size}; it must be at least 1.")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise InputError(f"`crop_scale` is {crop_scale}; it must be two shares in (0, 1], the smaller first.")
+        self.source = source or Digits()
+        self.recipe = Recipe(**recipe)
+        self.train_on, self.batch_size, self.num_workers = train_on, batch_size, num_workers
+        self.crop_scale, self.flip, self.cache_dir = crop_scale, flip, cache_dir
+        self.num_classes = len(self.source.classes)
+        self.image_size = self.recipe.image_size or self.source.image_size
+        self.distilled: DistilledDataset | None = None
+        self._train: LabelledImages | None = None
+
+    def setup(self, stage: str) -> None:
+        """Make the training set; the real images of the other stages need no work."""
+        if stage != "fit" or self._train is not None:
+            return
+        if self.train_on == "distilled":
+            self.distilled = distill(
+                self.source, self.recipe, cache_dir=self.cache_dir, num_workers=self.num_workers
+            )
+            self._train = self.distilled
+        elif self.train_on == "random":
+            self._train = random_subset(self.source, self.recipe.ipc, self.recipe.seed)
+        else:
+            self._train = self.source.train()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of augmented, normalised images, float32 (B, 3, H, W), and labels, int64 (B,)."""
+        assert self._train is not None
+        transform = v2.Compose(
+            [
+                v2.RGB(),
+                v2.ToImage(),
+                v2.RandomResizedCrop(self.image_size, self.crop_scale, antialias=True),
+                v2.RandomHorizontalFlip(0.5 if self.flip else 0.0),
+                *self._normalise(),
+            ]
+        )
+        return self._loader(_Transformed(self._train, transform), shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Real test images, resized and centre-cropped: nothing here chooses by them, the last epoch counts."""
+        transform = v2.Compose(
+            [
+                v2.RGB(),
+                v2.ToImage(),
+                v2.Resize(self.image_size, antialias=True),
+                v2.CenterCrop(self.image_size),
+                *self._normalise(),
+            ]
+        )
+        return self._loader(_Transformed(self.source.test(), transform), shuffle=False)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def to_unit_range(self, images: Tensor) -> Tensor:
+        """Return normalised images, shape (B, 3, H, W), in [0, 1] again."""
+        mean = images.new_tensor(self.source.mean).view(3, 1, 1)
+        std = images.new_tensor(self.source.std).view(3, 1, 1)
+        return images * std + mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tell a checkpoint what its model was trained on, so that it can serve as a teacher."""
+        return {
+            "classes": list(self.source.classes),
+            "mean": list(self.source.mean),
+            "std": list(self.source.std),
+        }
+
+    def _normalise(self) -> list[v2.Transform]:
+        return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.source.mean, self.source.std)]
+
+    def _loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            self.batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+class _Transformed(Dataset[tuple[Tensor, int]]):
+    """A dataset seen through a transform of its images."""
+
+    def __init__(self, images: LabelledImages, transform: v2.Transform) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        return self.transform(image), label

@@ -1,0 +1,35 @@
+"""Which device and precision to compute in, where the user has not said."""
+
+import torch
+
+
+def default_device() -> torch.device:
+    """Return the accelerator that is there, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype a model's passes run in under autocast on a device: bfloat16 where it is fast.
+
+    A CPU with AMX or AVX512-BF16 multiplies bfloat16 matrices several times faster than float32; one without
+    emulates it slowly.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+        return torch.bfloat16 if fast else torch.float32
+    return torch.float32
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Return the context in which a model's passes run in `compute_dtype`."""
+    dtype = compute_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def trainer_precision() -> str:
+    """Return Lightning's name for mixed precision in `compute_dtype` on the default device."""
+    names = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed", torch.float32: "32-true"}
+    return names[compute_dtype(default_device())]

@@ -1,0 +1,93 @@
+"""The default student as a LightningModule."""
+
+from collections.abc import Iterable
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from d4m_plugin.errors import InputError
+from d4m_plugin.models.students import create_student
+
+
+class ImageClassifier(L.LightningModule):
+    """An image classifier trained under the paper's settings: AdamW and a cosine schedule to zero.
+
+    Args:
+        num_classes: size of the output; linked to the data's on the command line.
+        image_size: edge in pixels of the input; linked to the data's on the command line.
+        student: `convnet` (depth 3, width 128, the field's standard), or a torchvision classifier such as `resnet18`.
+        lr: the first learning rate.
+        weight_decay: of all parameters but one-dimensional ones (biases and norms), as in the authors' code.
+
+    Raises:
+        InputError: where there is no such student.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int = 32,
+        student: str = "convnet",
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if lr <= 0:
+            raise InputError(f"`lr` is {lr}; it must be above 0.")
+        self.save_hyperparameters()
+        self.lr, self.weight_decay = lr, weight_decay
+        self.student = create_student(student, num_classes, image_size)
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, shape (B, num_classes), of normalised images, float32, shape (B, 3, H, W)."""
+        logits: Tensor = self.student(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross entropy with the labels; TeacherMatching puts its own loss in place of it."""
+        images, labels = batch
+        logits = self(images)
+        self.train_accuracy(logits, labels)
+        self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        return F.cross_entropy(logits, labels)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the accuracy on a batch of real images."""
+        images, labels = batch
+        self.val_accuracy(self(images), labels)
+        self.log("val_accuracy", self.val_accuracy, prog_bar=True)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the accuracy on a batch of real images."""
+        images, labels = batch
+        self.test_accuracy(self(images), labels)
+        self.log("test_accuracy", self.test_accuracy)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the most likely label of each image, int64, shape (B,)."""
+        logits: Tensor = self(batch[0])
+        return logits.argmax(1)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        """AdamW, cosine to zero over all steps of the run."""
+        optimizer = torch.optim.AdamW(decay_groups(self.parameters(), self.weight_decay), lr=self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
+    """Return optimiser groups in which parameters of one dimension do not decay."""
+    matrices, vectors = [], []
+    for parameter in parameters:
+        (matrices if parameter.ndim > 1 else vectors).append(parameter)
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]

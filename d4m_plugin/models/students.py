@@ -1,0 +1,47 @@
+"""Students by name."""
+
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from d4m_plugin.errors import InputError
+from d4m_plugin.models.convnet import ConvNet
+
+SMALL_IMAGE = 64  # pixels; up to here the stem of an ImageNet model would leave too little to see
+
+
+def create_student(name: str, num_classes: int, image_size: int) -> nn.Module:
+    """Return an untrained classifier.
+
+    Args:
+        name: `convnet`, or a classifier of torchvision such as `resnet18`.
+        num_classes: size of the output.
+        image_size: edge in pixels of the input. Up to 64, a torchvision model whose stem shrinks the image gets
+            one that keeps it: its first convolution with stride 1 (3x3 in ResNets) and no pooling after it.
+
+    Raises:
+        InputError: where there is no such classifier.
+    """
+    if name == "convnet":
+        return ConvNet(num_classes, image_size)
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise InputError(f"`student` is {name!r}; use convnet or a torchvision classifier such as resnet18.")
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if name.startswith("vit_"):
+        options["image_size"] = image_size
+    student: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    if image_size <= SMALL_IMAGE:
+        _keep_small_images(student)
+    return student
+
+
+def _keep_small_images(student: nn.Module) -> None:
+    if isinstance(student, torchvision.models.ResNet):
+        # He et al., arXiv:1512.03385, section 4.2: CIFAR's ResNets start with one 3x3 convolution of stride 1.
+        student.conv1 = nn.Conv2d(3, student.conv1.out_channels, 3, padding=1, bias=False)
+        student.maxpool = nn.Identity()
+        return
+    first = next(module for module in student.modules() if isinstance(module, nn.Conv2d))
+    if first.kernel_size[0] > first.stride[0]:  # not the patches of a transformer
+        first.stride = (1, 1)

@@ -1,0 +1,44 @@
+"""A set at a glance: its images in a grid, one row a class."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CELL = 64  # pixels: small images are enlarged to it, so that they can be looked at
+MAX_ROWS, MAX_COLUMNS = 50, 10
+
+
+def grid(rows: Sequence[Tensor], names: Sequence[str]) -> Image.Image:
+    """Return a picture of images by class, each row named at its left.
+
+    Args:
+        rows: the images of each class, uint8, shape (N, 3, H, W); the first 50 classes and 10 images are shown.
+        names: the class names, one for each row.
+    """
+    rows = [row[:MAX_COLUMNS] for row in rows[:MAX_ROWS]]
+    edge = rows[0].shape[-1]
+    cell = max(edge, CELL // edge * edge)
+    font = ImageFont.load_default(size=14)
+    labels = [_shortened(name) for name in names[: len(rows)]]
+    margin = int(max(font.getlength(label) for label in labels)) + 16
+    columns = max(len(row) for row in rows)
+    picture = Image.new("RGB", (margin + columns * (cell + 2), len(rows) * (cell + 2)), "white")
+    draw = ImageDraw.Draw(picture)
+    for y, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        top = y * (cell + 2)
+        draw.text((8, top + cell // 2), label, "black", font, anchor="lm")
+        for x, image in enumerate(row):
+            tile = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)
+            picture.paste(tile, (margin + x * (cell + 2), top))
+    return picture
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Return an image, uint8, shape (3, H, W), as PIL's."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().to(torch.uint8).numpy())
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:23]}…"

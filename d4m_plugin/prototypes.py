@@ -1,0 +1,46 @@
+"""Prototypes of one class: Mini-Batch k-Means on its latents (D4M, section 3.2)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BATCH_SIZE = 1024  # latents a k-means update: well above the number of clusters, unlike the authors' chunks
+INITIALISATIONS = 3  # k-means++ starts, of which the best is kept
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """The prototypes of one class, the largest cluster first.
+
+    Attributes:
+        latents: the cluster centres, float32, shape (K, C, h, w).
+        weights: each cluster's share of the class, float32, shape (K,), summing to 1.
+    """
+
+    latents: Tensor
+    weights: Tensor
+
+
+def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
+    """Return k prototypes of one class.
+
+    The learning rate of a centre is 1/|its cluster so far| (Sculley, WWW 2010), as in the paper. The authors'
+    code feeds chunks of about k latents, which leaves most centres on single images; this fits all latents.
+
+    Args:
+        latents: the latents of every image of the class, float32, shape (N, C, h, w), N >= k.
+        k: number of prototypes.
+        seed: decides the initial centres and the batches.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    points = latents.flatten(1).numpy()
+    random_state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    means = MiniBatchKMeans(k, batch_size=BATCH_SIZE, n_init=INITIALISATIONS, random_state=random_state)
+    sizes = np.bincount(means.fit_predict(points), minlength=k)
+    largest_first = np.argsort(-sizes, kind="stable")
+    centres = means.cluster_centers_[largest_first].astype(np.float32)
+    weights = (sizes[largest_first] / len(points)).astype(np.float32)
+    return Prototypes(torch.from_numpy(centres).view(k, *latents.shape[1:]), torch.from_numpy(weights))

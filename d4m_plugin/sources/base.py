@@ -1,0 +1,56 @@
+"""What every real dataset offers, whatever it is made from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+from PIL import Image
+
+
+class LabelledImages(Protocol):
+    """A torchvision-style dataset of images with integer labels, whose labels are known without decoding."""
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """The label of each image, in order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+
+
+class Source(ABC):
+    """A real, labelled image dataset to distil: subclass it to bring your own.
+
+    Attributes:
+        classes: the name of each class in the order of the labels; what the prompts say.
+        image_size: edge in pixels of the square images that students see.
+        mean, std: of the training pixels in [0, 1], by channel; what students' input is normalised by.
+        diffusion: the latent diffusion model that suits the images.
+        teacher: the teacher that `auto` stands for, where there is one.
+    """
+
+    classes: Sequence[str]
+    image_size: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    diffusion: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    teacher: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name for folders and cards."""
+        return type(self).__name__.lower()
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of the training images and labels: equal for equal data, another for other data."""
+
+    @abstractmethod
+    def train(self) -> LabelledImages:
+        """Return the training split: RGB images and labels in [0, len(classes))."""
+
+    @abstractmethod
+    def test(self) -> LabelledImages:
+        """Return the split that accuracies are measured on."""

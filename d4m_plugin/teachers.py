@@ -1,0 +1,163 @@
+"""Where a teacher comes from, what it wants to see, and the order of its classes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d4m_plugin.diffusion import ASSETS, EMBEDDED
+from d4m_plugin.errors import InputError
+from d4m_plugin.models.students import create_student
+from d4m_plugin.sources import Source
+
+
+class Teacher(nn.Module):
+    """A frozen classifier, with what it was trained on.
+
+    Attributes:
+        classes: the class names in the order of its logits.
+        image_size: edge in pixels of its input.
+        mean, std: what its input is normalised by, in [0, 1], by channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: Sequence[str],
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.classes, self.image_size = list(classes), image_size
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, shape (B, len(classes)), of images in [0, 1], shape (B, 3, H, W)."""
+        if images.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        logits: Tensor = self.model((images - self.mean) / self.std)
+        return logits
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in evaluation mode, whatever trains around it."""
+        return super().train(False)
+
+
+def load_teacher(teacher: str | Path | Teacher, source: Source) -> Teacher:
+    """Return a teacher whose logits are in the order of the source's classes.
+
+    Args:
+        teacher: `auto` for the source's own; a checkpoint (.ckpt) of a run with `train_on: real`; a .safetensors
+            file written by `save_teacher`; `torchvision:NAME` for a classifier trained on ImageNet; or a Teacher.
+        source: the real images.
+
+    Raises:
+        InputError: where there is no such teacher, or a class of the source is not among its classes.
+    """
+    found = teacher if isinstance(teacher, Teacher) else _open(str(teacher), source)
+    missing = [name for name in source.classes if name not in found.classes]
+    if missing:
+        raise InputError(
+            f"`teacher` is {_named(teacher)!r}, which does not know {len(missing)} of {len(source.classes)} classes of "
+            f"{source.name}, such as {missing[0]!r}; use a teacher trained on them (`train_on: real`)."
+        )
+    order = [found.classes.index(name) for name in source.classes]
+    if order == list(range(len(found.classes))):
+        return found
+    model = nn.Sequential(found.model, _Columns(order))
+    return Teacher(model, source.classes, found.image_size, found.mean.flatten().tolist(), found.std.flatten().tolist())
+
+
+class _Columns(nn.Module):
+    """The wanted columns of the logits."""
+
+    def __init__(self, order: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits[:, self.order]
+
+
+def _named(teacher: str | Path | Teacher) -> str:
+    return type(teacher.model).__name__ if isinstance(teacher, Teacher) else str(teacher)
+
+
+def _open(teacher: str, source: Source) -> Teacher:
+    if teacher == "auto":
+        if source.teacher is None:
+            raise InputError(
+                f"`teacher` is 'auto', but {source.name} has none; train one with `train_on: real` and name its "
+                "checkpoint, or set `teacher` to null to train on the labels."
+            )
+        teacher = source.teacher
+    if teacher in EMBEDDED:
+        return _read_safetensors(ASSETS / teacher / "teacher.safetensors")
+    if teacher.startswith("torchvision:"):
+        return _from_torchvision(teacher.removeprefix("torchvision:"))
+    path = Path(teacher)
+    if path.is_file() and path.suffix in (".ckpt", ".safetensors"):
+        return _read_checkpoint(path) if path.suffix == ".ckpt" else _read_safetensors(path)
+    raise InputError(
+        f"`teacher` is {teacher!r}, which is neither auto, torchvision:NAME, nor a .ckpt or .safetensors file."
+    )
+
+
+def _from_torchvision(name: str) -> Teacher:
+    import torchvision
+
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise InputError(f"`teacher` is 'torchvision:{name}', which torchvision does not have; see its list_models().")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    transform = weights.transforms()
+    model = torchvision.models.get_model(name, weights=weights)
+    return Teacher(model, weights.meta["categories"], transform.crop_size[0], transform.mean, transform.std)
+
+
+def _read_checkpoint(path: Path) -> Teacher:
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        student = {k: checkpoint["hyper_parameters"][k] for k in ("student", "num_classes", "image_size")}
+        data = checkpoint["D4MDataModule"]
+    except KeyError as error:
+        raise InputError(
+            f"`teacher` is {str(path)!r}, which is no checkpoint of an ImageClassifier trained with D4MDataModule."
+        ) from error
+    weights = {k.removeprefix("student."): v for k, v in checkpoint["state_dict"].items() if k.startswith("student.")}
+    return _build(student, data, weights)
+
+
+def _read_safetensors(path: Path) -> Teacher:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if "student" not in metadata:
+        raise InputError(f"`teacher` is {str(path)!r}, which was not written by `save_teacher`.")
+    return _build(json.loads(metadata["student"]), json.loads(metadata["data"]), load_file(path))
+
+
+def _build(student: dict[str, Any], data: dict[str, Any], weights: dict[str, Tensor]) -> Teacher:
+    model = create_student(student["student"], student["num_classes"], student["image_size"])
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    return Teacher(model, data["classes"], student["image_size"], data["mean"], data["std"])
+
+
+def save_teacher(checkpoint: Path, output: Path) -> None:
+    """Write the student of a checkpoint (`train_on: real`) as a teacher: half precision, safetensors, no optimiser."""
+    loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    student = {k: loaded["hyper_parameters"][k] for k in ("student", "num_classes", "image_size")}
+    weights = {k.removeprefix("student."): v.half() for k, v in loaded["state_dict"].items() if k.startswith("student.")}
+    save_file(weights, output, {"student": json.dumps(student), "data": json.dumps(loaded["D4MDataModule"])})
