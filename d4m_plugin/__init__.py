@@ -29,7 +29,7 @@ _HOMES = {
     "TeacherMatching": "callbacks",
     "distill": "distillation",
 }
-__all__ = [  # noqa: F822  # the names are there by __getattr__
+__all__ = [  # the names are there by __getattr__
     "ConvNet",
     "D4MDataModule",
     "Digits",

@@ -30,7 +30,7 @@ def resolve_cache_dir(cache_dir: str | Path | None = None) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a path to write to beside `path`, flushed to disk and renamed to it at the end: readers see all or nothing."""
+    """Give a path beside `path` to write to; flush and rename it at the end, so that readers see all or nothing."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield aside

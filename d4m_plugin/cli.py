@@ -4,6 +4,7 @@
 Libraries are imported by the command that needs them, so that help is quick.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ COMMANDS = LIGHTNING_COMMANDS | FUNCTION_COMMANDS
 def d4m() -> None:
     """Run a command line of ours; print an InputError as one sentence and exit with status 2."""
     args = sys.argv[1:]
+    sys.path.append(os.getcwd())  # a script's path lacks it, and `--model my_module.MyModule` lies there
     if not args or args[0] in ("-h", "--help"):
         print(_help())
     elif args[0] == "--version":

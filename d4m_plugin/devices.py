@@ -1,5 +1,7 @@
 """Which device and precision to compute in, where the user has not said."""
 
+from typing import Literal
+
 import torch
 
 
@@ -23,13 +25,14 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """Return the context in which a model's passes run in `compute_dtype`."""
-    dtype = compute_dtype(device)
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context in which a model's passes run in a dtype."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def trainer_precision() -> str:
+def trainer_precision() -> Literal["bf16-mixed", "16-mixed", "32-true"]:
     """Return Lightning's name for mixed precision in `compute_dtype` on the default device."""
-    names = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed", torch.float32: "32-true"}
-    return names[compute_dtype(default_device())]
+    dtype = compute_dtype(default_device())
+    if dtype == torch.float32:
+        return "32-true"
+    return "bf16-mixed" if dtype == torch.bfloat16 else "16-mixed"

@@ -35,6 +35,7 @@ class LatentDiffusion:
         revision: branch, tag or commit of a Hub id.
         scheduler: name of a diffusers scheduler class, such as DDIMScheduler; the model's own by default.
         device: where to compute; an accelerator where there is one by default.
+        dtype: what the passes run in; by default half precision where the device is fast in it.
 
     Raises:
         InputError: where there is no such model or scheduler.
@@ -46,9 +47,11 @@ class LatentDiffusion:
         revision: str | None = None,
         scheduler: str | None = None,
         device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.device = device or default_device()
-        self.pipeline = _load_pipeline(model, revision, self.device)
+        self.dtype = dtype or compute_dtype(self.device)
+        self.pipeline = _load_pipeline(model, revision, self.device, self.dtype)
         if scheduler is not None:
             self.pipeline.scheduler = _scheduler_class(scheduler).from_config(self.pipeline.scheduler.config)
         self.encode_prompt = lru_cache(maxsize=64)(self._encode_prompt)
@@ -67,7 +70,7 @@ class LatentDiffusion:
             pixels: uint8, shape (B, 3, H, W), H and W multiples of the VAE's downsampling.
         """
         vae = self.pipeline.vae
-        with autocast(self.device):
+        with autocast(self.device, self.dtype):
             posterior = vae.encode((pixels.to(self.device) / 127.5 - 1).to(vae.dtype)).latent_dist
         shift = vae.config.get("shift_factor") or 0.0
         latents: Tensor = (posterior.mean.float() - shift) * vae.config.scaling_factor
@@ -76,7 +79,7 @@ class LatentDiffusion:
     @torch.inference_mode()
     def _encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
         """Return what the pipeline's call takes in place of a prompt, each with a leading dimension of 1."""
-        with autocast(self.device):
+        with autocast(self.device, self.dtype):
             tensors = self.pipeline.encode_prompt(
                 prompt=prompt,
                 device=self.device,
@@ -115,7 +118,7 @@ class LatentDiffusion:
         encoded = [self.encode_prompt(prompt, negative_prompt) for prompt in prompts]
         arguments = {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
         self.pipeline.set_progress_bar_config(disable=True)
-        with autocast(self.device):
+        with autocast(self.device, self.dtype):
             output = self.pipeline(
                 image=latents.to(self.device),
                 strength=strength,
@@ -133,33 +136,34 @@ class LatentDiffusion:
         """Return the pixels of latents, resized to (size, size) where `size` differs from the VAE's output."""
         vae = self.pipeline.vae
         shift = vae.config.get("shift_factor") or 0.0
-        with autocast(self.device):
+        with autocast(self.device, self.dtype):
             scaled = (latents.to(self.device) / vae.config.scaling_factor + shift).to(vae.dtype)
             images = vae.decode(scaled).sample.float()
         if size is not None and images.shape[-1] != size:
             images = torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True)
         pixels: Tensor = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return pixels.cpu()
+        return pixels.cpu().contiguous()
 
 
-def _load_pipeline(model: str, revision: str | None, device: torch.device) -> Any:
+def _load_pipeline(model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Any:
     path = find_model(model)
-    from diffusers import AutoPipelineForImage2Image
-    from diffusers.utils import logging
+    import diffusers
+    import transformers
 
-    logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()  # they count files, not the user's images
+    transformers.utils.logging.disable_progress_bar()
     try:
-        pipeline = AutoPipelineForImage2Image.from_pretrained(
+        pipeline = diffusers.AutoPipelineForImage2Image.from_pretrained(
             path,
             revision=revision,
-            torch_dtype=torch.float32 if device.type == "cpu" else compute_dtype(device),
+            dtype=torch.float32 if device.type == "cpu" else dtype,  # a CPU gains by half passes, not half weights
             use_safetensors=True,  # a pickled checkpoint can run code
             safety_checker=None,  # it blacks images out without a word
             requires_safety_checker=False,
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"`diffusion` is {model!r}, which cannot be loaded as an image-to-image model: {reason}") from error
+        raise InputError(f"`diffusion` is {model!r}, which is no loadable image-to-image model: {reason}") from error
     return pipeline.to(device)
 
 
@@ -173,12 +177,14 @@ def find_model(model: str) -> str:
         return str(ASSETS / model)
     if Path(model).is_dir():
         if not (Path(model) / "model_index.json").is_file():
-            raise InputError(f"`diffusion` is the folder {model!r}, which has no model_index.json of a diffusers pipeline.")
+            raise InputError(
+                f"`diffusion` is the folder {model!r}, which has no model_index.json: no diffusers pipeline."
+            )
         return model
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return model
     known = ", ".join(EMBEDDED)
-    raise InputError(f"`diffusion` is {model!r}, which is no model of ours ({known}), no folder, and no Hub id (owner/name).")
+    raise InputError(f"`diffusion` is {model!r}: no model of ours ({known}), no folder, and no Hub id (owner/name).")
 
 
 def _scheduler_class(name: str) -> Any:

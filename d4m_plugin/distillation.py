@@ -31,7 +31,7 @@ from d4m_plugin.distilled import FORMAT, PARQUET, DistilledDataset, checksums, w
 from d4m_plugin.errors import InputError
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.prototypes import Prototypes, cluster
-from d4m_plugin.recipe import Recipe
+from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Digits, LabelledImages, Source
 
@@ -60,38 +60,39 @@ def distill(
     Raises:
         InputError: where the recipe does not fit the source, the model is unknown, or a folder cannot be used.
     """
-    recipe = (recipe or Recipe()).resolved(source)
+    resolved = (recipe or Recipe()).resolved(source)
     if batch_size < 1:
         raise InputError(f"`batch_size` is {batch_size}; it must be at least 1.")
-    _check_classes(source, recipe)
-    fingerprint = set_fingerprint(source, recipe)
-    folder = Path(output) if output else set_folder(source, recipe, cache_dir)
+    _check_classes(source, resolved)
+    fingerprint = set_fingerprint(source, resolved)
+    folder = Path(output) if output else set_folder(source, resolved, cache_dir)
     work = folder.with_name(f"{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
         with lock:
             if not folder.exists():
-                _distil_into(work / fingerprint, source, recipe, batch_size, num_workers)
+                _distil_into(work / fingerprint, source, resolved, batch_size, num_workers)
                 (work / fingerprint / "set").replace(folder)
                 shutil.rmtree(work)
         Path(lock.lock_file).unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{str(error.filename)!r} cannot be written ({error.strerror}); name another folder.") from error
+        raise InputError(
+            f"{str(error.filename)!r} cannot be written ({error.strerror}); name another folder."
+        ) from error
     dataset = DistilledDataset(folder)
     if dataset.metadata["fingerprint"] != fingerprint:
         raise InputError(f"`output` is {str(folder)!r}, a set of another source or recipe; name another folder.")
     return dataset
 
 
-def set_folder(source: Source, recipe: Recipe, cache_dir: str | Path | None = None) -> Path:
+def set_folder(source: Source, recipe: ResolvedRecipe, cache_dir: str | Path | None = None) -> Path:
     """Return where the cache keeps the set of a source and recipe."""
-    recipe = recipe.resolved(source)
     name = f"{source.name}-{recipe.config_name}-{set_fingerprint(source, recipe)}"
     return resolve_cache_dir(cache_dir) / "sets" / name
 
 
-def set_fingerprint(source: Source, recipe: Recipe) -> str:
+def set_fingerprint(source: Source, recipe: ResolvedRecipe) -> str:
     """Return twelve hexadecimal digits that name a source, a recipe, and the weights of a model in a folder."""
     decides = [FORMAT, source.fingerprint, list(source.classes), dataclasses.asdict(recipe)]
     digest = hashlib.sha256(json.dumps(decides).encode())
@@ -104,7 +105,7 @@ def set_fingerprint(source: Source, recipe: Recipe) -> str:
     return digest.hexdigest()[:12]
 
 
-def _check_classes(source: Source, recipe: Recipe) -> None:
+def _check_classes(source: Source, recipe: ResolvedRecipe) -> None:
     counts = torch.tensor(source.train().targets).bincount(minlength=len(source.classes))
     smallest = int(counts.argmin())
     if counts[smallest] < recipe.prototypes:
@@ -114,7 +115,7 @@ def _check_classes(source: Source, recipe: Recipe) -> None:
         )
 
 
-def _distil_into(work: Path, source: Source, recipe: Recipe, batch_size: int, num_workers: int) -> None:
+def _distil_into(work: Path, source: Source, recipe: ResolvedRecipe, batch_size: int, num_workers: int) -> None:
     """Leave the finished set in `work / "set"`."""
     started = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ def _distil_into(work: Path, source: Source, recipe: Recipe, batch_size: int, nu
 def make_prototypes(
     work: Path,
     source: Source,
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     model: LatentDiffusion,
     resolution: int,
     batch_size: int,
@@ -204,7 +205,7 @@ class _Pixels(Dataset[Tensor]):
         return pixels
 
 
-def make_images(work: Path, source: Source, recipe: Recipe, model: LatentDiffusion, batch_size: int) -> None:
+def make_images(work: Path, source: Source, recipe: ResolvedRecipe, model: LatentDiffusion, batch_size: int) -> None:
     """Write the distilled images to `work` in blocks; skip blocks that are there."""
     wanted = [(label, index) for label in range(len(source.classes)) for index in range(recipe.ipc)]
     blocks = [wanted[start : start + BLOCK] for start in range(0, len(wanted), BLOCK)]
@@ -222,7 +223,7 @@ def synthesise(
     wanted: list[tuple[int, int]],
     prototypes: dict[int, Prototypes],
     classes: list[str],
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     model: LatentDiffusion,
     batch_size: int = BLOCK,
 ) -> dict[str, Tensor]:
@@ -272,7 +273,7 @@ def load_prototypes(work: Path, label: int) -> Prototypes:
 
 
 def _assemble(
-    work: Path, source: Source, recipe: Recipe, model: LatentDiffusion, seconds: dict[str, float]
+    work: Path, source: Source, recipe: ResolvedRecipe, model: LatentDiffusion, seconds: dict[str, float]
 ) -> None:
     """Put the units together as a set in `work / "set"`."""
     shutil.rmtree(work / "set", ignore_errors=True)

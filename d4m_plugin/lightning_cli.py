@@ -3,7 +3,7 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -73,10 +73,9 @@ class D4MCLI(LightningCLI):
             rows["distilled set"] = data.distilled.root
             rows["preview"] = data.distilled.preview
         checkpoint = self.trainer.checkpoint_callback
-        if checkpoint is not None and getattr(checkpoint, "best_model_path", ""):
-            rows["checkpoint"] = checkpoint.best_model_path  # type: ignore[attr-defined]
+        if isinstance(checkpoint, ModelCheckpoint):
+            rows["checkpoint"] = checkpoint.best_model_path
         if isinstance(data, D4MDataModule) and data.train_on == "distilled":
             rows["next"] = f"lightning fit --data D4MDataModule --data.train_on random --data.ipc {data.recipe.ipc}"
             rows[""] = "(the same training on as many real images: is the distilled set better?)"
         return rows
-

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchvision.transforms import v2
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from d4m_plugin.devices import autocast, default_device, trainer_precision
+from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
 from d4m_plugin.errors import InputError
 from d4m_plugin.sources import Digits, Source
 
@@ -57,12 +58,12 @@ class AutoencoderTraining(L.LightningModule):
         images = batch[0].float() / 127.5 - 1
         posterior = self.vae.encode(images).latent_dist
         error = self.vae.decode(posterior.sample()).sample.float() - images
-        loss = error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean()
+        loss: Tensor = error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean()
         self.log("loss", loss, prog_bar=True)
         self.log("psnr", 10 * torch.log10(4 / error.detach().square().mean()), prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a cosine schedule to zero."""
         return _adamw_cosine(self, self.lr)
 
@@ -74,6 +75,8 @@ class DenoiserTraining(L.LightningModule):
     noise, where guided synthesis starts.
     """
 
+    prompt_ids: Tensor
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
@@ -82,7 +85,7 @@ class DenoiserTraining(L.LightningModule):
         prompt_ids: Tensor,
         lr: float,
     ) -> None:
-        """`prompt_ids`: shape (classes + 1, 77); the last row is the empty prompt."""
+        """Take `prompt_ids`, int64 (classes + 1, 77), whose last row is the empty prompt."""
         super().__init__()
         self.unet, self.text_encoder, self.scheduler, self.lr = unet, text_encoder, scheduler, lr
         self.register_buffer("prompt_ids", prompt_ids, persistent=False)
@@ -103,12 +106,12 @@ class DenoiserTraining(L.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a cosine schedule to zero."""
         return _adamw_cosine(self, self.lr)
 
 
-def _adamw_cosine(module: L.LightningModule, lr: float) -> dict[str, object]:
+def _adamw_cosine(module: L.LightningModule, lr: float) -> OptimizerLRScheduler:
     optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
     steps = int(module.trainer.estimated_stepping_batches)
     warmup = max(1, steps // 50)
@@ -140,20 +143,17 @@ def _train(module: L.LightningModule, dataset: TensorDataset, steps: int, batch_
 
 def _images(source: Source, size: int) -> tuple[Tensor, Tensor]:
     """Return the training images, uint8 (N, 3, size, size), and their labels, int64 (N,)."""
-    transform = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-    images, labels = zip(*((transform(image), label) for image, label in _each(source.train())), strict=True)
-    return torch.stack(images), torch.tensor(labels)
-
-
-def _each(dataset):  # noqa: ANN001, ANN202
-    return (dataset[index] for index in range(len(dataset)))
+    transform = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.RGB(), v2.PILToTensor()])
+    train = source.train()
+    images = torch.stack([transform(train[index][0]) for index in range(len(train))])
+    return images, torch.tensor(train.targets)
 
 
 @torch.no_grad()
 def _latents(vae: AutoencoderKL, images: Tensor, batch_size: int) -> Tensor:
     device = default_device()
     vae.to(device)
-    with autocast(device):
+    with autocast(device, compute_dtype(device)):
         means = [
             vae.encode(batch.to(device).float() / 127.5 - 1).latent_dist.mean.float().cpu()
             for batch in images.split(batch_size)
@@ -173,7 +173,6 @@ def pretrain(
     batch_size: int = 64,
     vae_lr: float = 1e-3,
     unet_lr: float = 6e-4,
-    flip: bool = False,
     seed: int = 0,
 ) -> Path:
     """Train a small latent diffusion pipeline on a source's training split.
@@ -189,7 +188,6 @@ def pretrain(
         batch_size: images an update.
         vae_lr: the VAE's peak learning rate.
         unet_lr: the U-Net's peak learning rate.
-        flip: also train on mirrored images; not for digits or letters.
         seed: decides the initial weights, the batches and the noise.
 
     Returns:
@@ -209,7 +207,7 @@ def pretrain(
 
     L.seed_everything(seed)
     images, labels = _images(source, image_size)
-    if flip:
+    if source.flip:
         images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
 
     vae = AutoencoderKL(

@@ -27,7 +27,9 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
     """Return k prototypes of one class.
 
     The learning rate of a centre is 1/|its cluster so far| (Sculley, WWW 2010), as in the paper. The authors'
-    code feeds chunks of about k latents, which leaves most centres on single images; this fits all latents.
+    code feeds chunks of about k latents, which leaves most centres on single images; this fits all latents. A centre
+    is the running mean of what it drew, also of latents that another cluster has by now; so, last, each becomes the
+    mean of its own cluster.
 
     Args:
         latents: the latents of every image of the class, float32, shape (N, C, h, w), N >= k.
@@ -37,10 +39,14 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
     from sklearn.cluster import MiniBatchKMeans
 
     points = latents.flatten(1).numpy()
-    random_state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    random_state = np.random.RandomState(np.random.PCG64(seed))
     means = MiniBatchKMeans(k, batch_size=BATCH_SIZE, n_init=INITIALISATIONS, random_state=random_state)
-    sizes = np.bincount(means.fit_predict(points), minlength=k)
+    members = means.fit_predict(points)
+    sizes = np.bincount(members, minlength=k)
+    centres = means.cluster_centers_.astype(np.float32)
+    for index in np.flatnonzero(sizes):
+        centres[index] = points[members == index].mean(0)
     largest_first = np.argsort(-sizes, kind="stable")
-    centres = means.cluster_centers_[largest_first].astype(np.float32)
+    centres = centres[largest_first]
     weights = (sizes[largest_first] / len(points)).astype(np.float32)
     return Prototypes(torch.from_numpy(centres).view(k, *latents.shape[1:]), torch.from_numpy(weights))

@@ -65,7 +65,9 @@ class Recipe:
                 f"step to make; use at least {math.ceil(1 / self.strength)} steps."
             )
         if not 0 <= self.guidance_scale < math.inf:
-            raise InputError(f"`guidance_scale` is {self.guidance_scale}; it must be at least 0 (1 turns guidance off).")
+            raise InputError(
+                f"`guidance_scale` is {self.guidance_scale}; it must be at least 0 (1 turns guidance off)."
+            )
         if "{name}" not in self.prompt:
             raise InputError(f"`prompt` is {self.prompt!r}; it must contain {{name}}, for the class name.")
 

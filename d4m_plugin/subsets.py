@@ -1,14 +1,14 @@
 """Subsets of the real images: the baselines that a distilled set has to beat."""
 
 import torch
-from torch.utils.data import Subset
+from PIL import Image
 
 from d4m_plugin.errors import InputError
 from d4m_plugin.seeding import generator_of
-from d4m_plugin.sources import Source
+from d4m_plugin.sources import LabelledImages, Source
 
 
-def random_subset(source: Source, ipc: int, seed: int) -> Subset[tuple[object, int]]:
+def random_subset(source: Source, ipc: int, seed: int) -> LabelledImages:
     """Return `ipc` real training images of each class, drawn without replacement.
 
     Args:
@@ -28,4 +28,18 @@ def random_subset(source: Source, ipc: int, seed: int) -> Subset[tuple[object, i
             raise InputError(f"`ipc` is {ipc}, but class {name!r} has {len(members)} images; lower it.")
         order = torch.randperm(len(members), generator=generator_of(seed, label))
         chosen += members[order[:ipc]].tolist()
-    return Subset(train, chosen)  # type: ignore[arg-type]  # a torchvision-style dataset need not be a torch Dataset
+    return _Chosen(train, chosen)
+
+
+class _Chosen:
+    """Some of a dataset's images."""
+
+    def __init__(self, images: LabelledImages, indices: list[int]) -> None:
+        self.images, self.indices = images, indices
+        self.targets = [images.targets[index] for index in indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[self.indices[index]]

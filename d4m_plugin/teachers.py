@@ -85,6 +85,8 @@ def load_teacher(teacher: str | Path | Teacher, source: Source) -> Teacher:
 class _Columns(nn.Module):
     """The wanted columns of the logits."""
 
+    order: Tensor
+
     def __init__(self, order: Sequence[int]) -> None:
         super().__init__()
         self.register_buffer("order", torch.tensor(order), persistent=False)
@@ -159,5 +161,7 @@ def save_teacher(checkpoint: Path, output: Path) -> None:
     """Write the student of a checkpoint (`train_on: real`) as a teacher: half precision, safetensors, no optimiser."""
     loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
     student = {k: loaded["hyper_parameters"][k] for k in ("student", "num_classes", "image_size")}
-    weights = {k.removeprefix("student."): v.half() for k, v in loaded["state_dict"].items() if k.startswith("student.")}
+    weights = {
+        k.removeprefix("student."): v.half() for k, v in loaded["state_dict"].items() if k.startswith("student.")
+    }
     save_file(weights, output, {"student": json.dumps(student), "data": json.dumps(loaded["D4MDataModule"])})

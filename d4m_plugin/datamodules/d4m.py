@@ -1,5 +1,6 @@
 """The distilled set as the training data of any LightningModule, real images as its validation and test data."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +30,9 @@ class D4MDataModule(L.LightningDataModule):
         batch_size: images a batch, at least 1.
         num_workers: processes that load and augment images.
         crop_scale: share of the image's area that a random crop covers, least and most.
-        flip: mirror half of the training images.
+        flip: mirror half of the training images; by default where the source says that it does no harm.
         cache_dir: where distilled sets are kept; by default $D4M_CACHE, else ~/.cache/d4m.
+        set_folder: a finished distilled set to train on, whatever the recipe says.
         recipe: options of the Recipe.
 
     Attributes:
@@ -49,8 +51,9 @@ class D4MDataModule(L.LightningDataModule):
         batch_size: int = 100,
         num_workers: int = 0,
         crop_scale: tuple[float, float] = (0.08, 1.0),
-        flip: bool = True,
+        flip: bool | None = None,
         cache_dir: str | Path | None = None,
+        set_folder: str | Path | None = None,
         **recipe: Any,
     ) -> None:
         super().__init__()
@@ -61,10 +64,16 @@ class D4MDataModule(L.LightningDataModule):
         self.source = source or Digits()
         self.recipe = Recipe(**recipe)
         self.train_on, self.batch_size, self.num_workers = train_on, batch_size, num_workers
-        self.crop_scale, self.flip, self.cache_dir = crop_scale, flip, cache_dir
+        self.crop_scale, self.cache_dir = crop_scale, cache_dir
+        self.flip = self.source.flip if flip is None else flip
         self.num_classes = len(self.source.classes)
         self.image_size = self.recipe.image_size or self.source.image_size
-        self.distilled: DistilledDataset | None = None
+        self.distilled = DistilledDataset(set_folder) if set_folder else None
+        if self.distilled and self.distilled.classes != list(self.source.classes):
+            raise InputError(
+                f"`set_folder` is {str(set_folder)!r}, whose classes ({_listed(self.distilled.classes)}) are not those "
+                f"of {self.source.name} ({_listed(self.source.classes)}); name the source that it was distilled from."
+            )
         self._train: LabelledImages | None = None
 
     def setup(self, stage: str) -> None:
@@ -72,7 +81,7 @@ class D4MDataModule(L.LightningDataModule):
         if stage != "fit" or self._train is not None:
             return
         if self.train_on == "distilled":
-            self.distilled = distill(
+            self.distilled = self.distilled or distill(
                 self.source, self.recipe, cache_dir=self.cache_dir, num_workers=self.num_workers
             )
             self._train = self.distilled
@@ -150,3 +159,7 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[index]
         return self.transform(image), label
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], "…"] if len(names) > 3 else names)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
@@ -74,7 +75,7 @@ class ImageClassifier(L.LightningModule):
         logits: Tensor = self(batch[0])
         return logits.argmax(1)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, cosine to zero over all steps of the run."""
         optimizer = torch.optim.AdamW(decay_groups(self.parameters(), self.weight_decay), lr=self.lr)
         steps = int(self.trainer.estimated_stepping_batches)
@@ -84,10 +85,8 @@ class ImageClassifier(L.LightningModule):
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
     """Return optimiser groups in which parameters of one dimension do not decay."""
-    matrices, vectors = [], []
-    for parameter in parameters:
-        (matrices if parameter.ndim > 1 else vectors).append(parameter)
+    parameters = list(parameters)
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]

@@ -20,12 +20,12 @@ class ConvNet(nn.Sequential):
 
     def __init__(self, num_classes: int, image_size: int = 32, width: int = 128, depth: int = 3) -> None:
         channels = [3, *[width] * depth]
-        features = OrderedDict(
+        blocks: OrderedDict[str, nn.Module] = OrderedDict(
             (f"block{i + 1}", _block(channels[i], channels[i + 1])) for i in range(depth)
         )
         edge = image_size // 2**depth
         classifier = nn.Sequential(nn.Flatten(), nn.Linear(width * edge**2, num_classes))
-        super().__init__(OrderedDict(features=nn.Sequential(features), classifier=classifier))
+        super().__init__(OrderedDict(features=nn.Sequential(blocks), classifier=classifier))
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:

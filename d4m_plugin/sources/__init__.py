@@ -1,6 +1,8 @@
 """Real datasets: where the images to distil come from."""
 
 from d4m_plugin.sources.base import LabelledImages, Source
+from d4m_plugin.sources.cifar import CIFAR10
 from d4m_plugin.sources.digits import Digits
+from d4m_plugin.sources.folders import ImageFolder, ImageNet
 
-__all__ = ["Digits", "LabelledImages", "Source"]
+__all__ = ["CIFAR10", "Digits", "ImageFolder", "ImageNet", "LabelledImages", "Source"]

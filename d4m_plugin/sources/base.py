@@ -26,6 +26,7 @@ class Source(ABC):
         classes: the name of each class in the order of the labels; what the prompts say.
         image_size: edge in pixels of the square images that students see.
         mean, std: of the training pixels in [0, 1], by channel; what students' input is normalised by.
+        flip: whether a mirrored image is still one of its class.
         diffusion: the latent diffusion model that suits the images.
         teacher: the teacher that `auto` stands for, where there is one.
     """
@@ -34,6 +35,7 @@ class Source(ABC):
     image_size: int
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    flip: bool = True
     diffusion: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     teacher: str | None = None
 

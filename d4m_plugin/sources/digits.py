@@ -36,6 +36,7 @@ class Digits(Source):
 
     classes: Sequence[str] = tuple("0123456789")
     image_size = 32
+    flip = False
     diffusion = "digits"
     teacher = "digits"
 

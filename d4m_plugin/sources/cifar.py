@@ -1,0 +1,64 @@
+"""CIFAR, through torchvision."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache, cached_property
+from pathlib import Path
+
+import torchvision
+
+from d4m_plugin.errors import InputError
+from d4m_plugin.sources.base import LabelledImages, Source
+
+
+class CIFAR10(Source):
+    """CIFAR-10: 50,000 images of 32x32 pixels to train on and 10,000 to test on (A. Krizhevsky, 2009).
+
+    Args:
+        root: the folder that torchvision keeps it in.
+        download: fetch it where it is not there.
+    """
+
+    classes: Sequence[str] = (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
+    image_size = 32
+    mean = (0.4914, 0.4822, 0.4465)
+    std = (0.2470, 0.2435, 0.2616)
+
+    def __init__(self, root: str | Path = "data", download: bool = False) -> None:
+        self.root, self.download = Path(root), download
+        self._split = cache(self._open)
+
+    def _open(self, train: bool) -> torchvision.datasets.CIFAR10:
+        try:
+            return torchvision.datasets.CIFAR10(self.root, train, download=self.download)
+        except RuntimeError as error:
+            raise InputError(
+                f"`root` is {str(self.root)!r}, where CIFAR-10 is not; name its folder or set `download` to true."
+            ) from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the training images and labels."""
+        train = self._split(True)
+        return hashlib.sha256(train.data.tobytes() + bytes(train.targets)).hexdigest()
+
+    def train(self) -> LabelledImages:
+        """Return the 50,000 training images."""
+        train: LabelledImages = self._split(True)
+        return train
+
+    def test(self) -> LabelledImages:
+        """Return the 10,000 test images."""
+        test: LabelledImages = self._split(False)
+        return test

@@ -1,0 +1,33 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
+
+import pytest
+import torch
+
+from d4m_plugin.diffusion import LatentDiffusion
+from tests.toys import Squares, save_random_pipeline
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """An empty cache for each test, and a working folder where Lightning may leave its logs."""
+    monkeypatch.setenv("D4M_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(scope="session")
+def random_pipeline(tmp_path_factory):
+    """The folder of a pipeline with random weights."""
+    return save_random_pipeline(tmp_path_factory.mktemp("pipelines") / "random")
+
+
+@pytest.fixture(scope="session")
+def random_model(random_pipeline):
+    return LatentDiffusion(str(random_pipeline), dtype=torch.float32)
+
+
+@pytest.fixture
+def squares(random_pipeline, monkeypatch):
+    monkeypatch.setattr(Squares, "diffusion", str(random_pipeline))
+    return Squares()

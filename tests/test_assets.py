@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from d4m_plugin import D4MDataModule, Digits, LatentDiffusion
+from d4m_plugin.diffusion import ASSETS
+from d4m_plugin.teachers import load_teacher
+
+
+def test_the_embedded_models_are_small():
+    assert sum(path.stat().st_size for path in (ASSETS / "digits").rglob("*") if path.is_file()) <= 12e6
+
+
+def test_the_embedded_teacher_knows_real_digits_it_was_not_trained_on():
+    data = D4MDataModule()
+    teacher = load_teacher("auto", data.source)
+    images, labels = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
+    accuracy = (teacher(data.to_unit_range(images)).argmax(1) == labels).float().mean()
+    assert len(labels) == 500
+    assert accuracy > 0.97
+
+
+def test_the_embedded_pipeline_draws_the_digit_that_it_is_told():
+    """From pure noise, guided by the prompt alone; judged by the teacher."""
+    model = LatentDiffusion("digits")
+    labels = torch.arange(50) % 10
+    generators = [torch.Generator().manual_seed(i) for i in range(50)]
+    latents = model.denoise(
+        torch.zeros(50, 4, 8, 8),
+        [str(label.item()) for label in labels],
+        generators,
+        strength=1.0,
+        num_inference_steps=20,
+        guidance_scale=4.0,
+    )
+    teacher = load_teacher("auto", Digits())
+    right = teacher(model.decode(latents) / 255).argmax(1) == labels
+    assert right.float().mean() > 0.9
+
+
+def test_the_split_is_fixed_and_stratified():
+    digits = Digits()
+    train, test = torch.tensor(digits.train().targets), torch.tensor(digits.test().targets)
+    assert (len(train), len(test)) == (1297, 500)
+    shares = torch.stack([train.bincount() / 1297, test.bincount() / 500])
+    torch.testing.assert_close(shares[0], shares[1], atol=0.002, rtol=0)
+    assert digits.fingerprint == Digits().fingerprint
+    assert digits.fingerprint.startswith("pinned")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_digits_are_shown_at_32_pixels(split):
+    image, label = getattr(Digits(), split)()[0]
+    assert (image.size, image.mode) == ((32, 32), "RGB")
+    assert label in range(10)

@@ -1,0 +1,165 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from d4m_plugin import cli
+
+SHORT = ["--data.num_inference_steps", "4", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process; give its exit status, output and errors."""
+
+    def run_command(*words):
+        monkeypatch.setattr(sys, "argv", ["d4m", *map(str, words)])
+        status = 0
+        try:
+            cli.d4m()
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return run_command
+
+
+def test_fit_alone_runs_whole_and_finds_its_set_again(run):
+    status, out, err = run("fit", "--data", "D4MDataModule", *SHORT)
+    assert status == 0
+    rows = dict(line.strip().split("  ", 1) for line in out.splitlines() if line.startswith("  "))
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["accuracy on real test images"].endswith("%")
+    assert "ipc-10" in rows["distilled set"]
+    assert rows["preview"].endswith("preview.png")
+    assert rows["next"].startswith("lightning fit")
+    for stage in ("Encoding", "Synthesising", "Training"):
+        assert stage in err
+
+    status, again, err = run("fit", "--data", "D4MDataModule", *SHORT)
+    assert status == 0
+    assert rows["distilled set"] in again
+    assert "Training" in err
+    assert "Synthesising" not in err
+
+
+def test_a_checkpoint_can_be_validated_tested_and_asked(run):
+    status, out, _ = run("fit", "--data.train_on", "random", *SHORT[2:])
+    assert status == 0
+    checkpoint = next(line.split()[1] for line in out.splitlines() if line.strip().startswith("checkpoint"))
+    accuracy = next(line.split()[-1] for line in out.splitlines() if line.strip().startswith("accuracy"))
+    for command in ("validate", "test"):
+        status, out, err = run(command, "--data", "D4MDataModule", "--ckpt_path", checkpoint)
+        assert status == 0, err
+        assert f"{float(accuracy.rstrip('%')) / 100:.3f}" in out.replace("0.", "0.")
+    assert run("predict", "--ckpt_path", checkpoint, "--return_predictions", "false")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--data.ipc", "0"], "`ipc` is 0"),
+        (["--data.prototypes", "3"], "`prototypes` is 3"),
+        (["--data.strength", "0"], "`strength` is 0.0"),
+        (["--data.num_inference_steps", "1"], "at least 2 steps"),
+        (["--data.guidance_scale", "-1"], "`guidance_scale` is -1.0"),
+        (["--data.diffusion", "nonsense"], "`diffusion` is 'nonsense'"),
+        (["--data.set_folder", "."], "is not a distilled set"),
+        (["--matching.teacher", "nonsense"], "`teacher` is 'nonsense'"),
+        (["--matching.temperature", "0"], "`temperature` is 0.0"),
+        (["--matching.student", "nonsense"], "`student` is 'nonsense'"),
+        (["--model.student", "nonsense"], "`student` is 'nonsense'"),
+        (["--data.cache_dir", "/dev/null/cache"], "`cache_dir` is '/dev/null/cache'"),
+        (["--data.source", "Nonsense"], "`data.source` is 'Nonsense'"),
+        (["--data.ipc", "ten"], "`data.ipc` is 'ten'"),
+        (["--data.nonsense", "1"], "nonsense"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_before_any_work(run, words, says):
+    status, _out, err = run("fit", "--data", "D4MDataModule", *words)
+    assert status == 2
+    message = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1, err
+    assert says in message[0]
+    assert "Traceback" not in err
+    assert "Encoding" not in err
+    assert "Training" not in err
+
+
+def test_a_set_can_be_distilled_alone_and_trained_on(run, tmp_path):
+    status, out, _ = run("distill", "--ipc", "1", "--num_inference_steps", "4", "--output", tmp_path / "set")
+    assert status == 0
+    assert str(tmp_path / "set") in out
+    status, out, err = run("fit", "--data.set_folder", tmp_path / "set", *SHORT[2:])
+    assert status == 0
+    assert str(tmp_path / "set") in out
+    assert "Synthesising" not in err
+
+
+def test_the_config_of_a_run_reproduces_it(run):
+    status, out, _ = run("fit", "--data", "D4MDataModule", "--print_config")
+    config = yaml.safe_load(out)
+    assert status == 0
+    assert config["data"]["init_args"]["guidance_scale"] == 8.0
+    assert config["matching"]["temperature"] == 20.0
+    assert config["model"]["init_args"]["student"] == "convnet"
+
+
+def test_help_names_the_commands(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    assert all(command in out for command in cli.COMMANDS)
+
+
+def test_the_version_is_the_packages(run):
+    assert run("--version")[1].startswith("d4m-plugin 0.")
+
+
+def test_an_unknown_command_is_named(run):
+    status, *_ = run("nonsense")
+    assert "no command 'nonsense'" in status
+
+
+def test_words_that_are_not_ours_go_to_the_lightning_sdk(monkeypatch):
+    import types
+
+    called = []
+    module = types.ModuleType("lightning_sdk.cli.entrypoint")
+    module.main_cli = lambda: called.append(sys.argv)
+    for name in ("lightning_sdk", "lightning_sdk.cli"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "lightning_sdk.cli.entrypoint", module)
+    monkeypatch.setattr(sys, "argv", ["lightning", "login"])
+    cli.lightning()
+    assert called == [["lightning", "login"]]
+    monkeypatch.setattr(sys, "argv", ["lightning", "--version"])
+    cli.lightning()
+    assert len(called) == 1
+
+
+def test_the_program_has_three_names():
+    for words in (["lightning"], ["d4m"], [sys.executable, "-m", "d4m_plugin"]):
+        result = subprocess.run([*words, "--help"], capture_output=True, text=True, check=True)
+        assert result.stdout.startswith("usage: d4m COMMAND")
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys; sys.argv[1:] = ['--help']; from d4m_plugin.cli import d4m; d4m(); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "lightning", "jsonargparse"} & set(result.stdout.split())
+
+
+def test_a_module_in_the_working_folder_can_be_named(run, squares):
+    from pathlib import Path
+
+    Path("mine.py").write_text(
+        "from tests.toys import Squares\nclass Mine(Squares):\n    classes = ('a', 'b')\n"
+        "    def __init__(self):\n        super().__init__(classes=('a', 'b'))\n"
+    )
+    status, out, err = run(
+        "fit", "--data.source", "mine.Mine", "--data.train_on", "real", "--matching.teacher", "null", *SHORT[2:]
+    )
+    assert status == 0, err
+    assert "accuracy on real test images" in out

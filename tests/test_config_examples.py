@@ -1,0 +1,37 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.test_cli import run  # noqa: F401  # a fixture
+
+EXAMPLES = Path(__file__).parent.parent / "config_examples"
+RUN_HERE = {"digits.yaml", "teacher_digits.yaml", "own_module.yaml"}
+NEED_DATA = {"paper_cifar10.yaml", "teacher_cifar10.yaml", "paper_imagenet.yaml"}  # and a GPU
+
+
+@pytest.fixture(autouse=True)
+def beside_the_examples(cache):
+    shutil.copytree(EXAMPLES, "config_examples")
+
+
+def test_every_example_is_tried():
+    assert {path.name for path in EXAMPLES.glob("*.yaml")} == RUN_HERE | NEED_DATA
+
+
+@pytest.mark.parametrize("name", sorted(RUN_HERE))
+def test_an_example_runs(run, name):  # noqa: F811
+    short = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--data.ipc", "2"]
+    status, out, err = run("fit", "--config", f"config_examples/{name}", *short, "--data.num_inference_steps", "4")
+    assert status == 0, err
+    assert "on real test images" in out
+    if name == "teacher_digits.yaml":
+        status, _, err = run("fit", *short, "--data.train_on", "random", "--matching.teacher", "teachers/digits.ckpt")
+        assert status == 0, err
+
+
+@pytest.mark.parametrize("name", sorted(NEED_DATA))
+def test_an_example_for_other_data_parses(run, name):  # noqa: F811
+    status, out, err = run("fit", "--config", f"config_examples/{name}", "--print_config")
+    assert status == 0, err
+    assert "d4m_plugin.ImageClassifier" in out

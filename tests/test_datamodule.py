@@ -1,0 +1,127 @@
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Recipe, distill
+from tests.toys import Squares
+
+RECIPE = {"ipc": 2, "num_inference_steps": 2}
+
+
+def quiet_trainer(**options):
+    return L.Trainer(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options
+    )
+
+
+def test_what_a_model_needs_is_known_at_construction():
+    data = D4MDataModule(Squares())
+    assert (data.num_classes, data.image_size) == (3, 16)
+    assert D4MDataModule(Squares(), image_size=8).image_size == 8
+
+
+def test_batches_are_distilled_images_augmented_and_normalised(squares):
+    data = D4MDataModule(squares, batch_size=4, **RECIPE)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [len(labels) for _, labels in batches] == [4, 2]
+    images, labels = batches[0]
+    assert (images.shape, images.dtype, labels.dtype) == ((4, 3, 16, 16), torch.float32, torch.int64)
+    pixels = data.to_unit_range(images)
+    assert pixels.min() > -0.01
+    assert pixels.max() < 1.01
+
+
+def test_without_crop_and_flip_the_distilled_pixels_come_back(squares):
+    data = D4MDataModule(squares, crop_scale=(1.0, 1.0), flip=False, **RECIPE)
+    data.setup("fit")
+    found = {tuple(image.flatten().tolist()) for image in data.distilled.images}
+    for images, _ in data.train_dataloader():
+        for image in (data.to_unit_range(images) * 255).round().to(torch.uint8):
+            # An aspect ratio may still crop; where it does not, the pixels are exactly those stored.
+            pixels = tuple(image.flatten().tolist())
+            if pixels in found:
+                found.remove(pixels)
+    assert len(found) < len(data.distilled)
+
+
+def test_validation_and_test_are_the_real_test_images(squares):
+    data = D4MDataModule(squares, batch_size=5)
+    test = squares.test()
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        assert labels.tolist() == test.targets
+        pixels = (data.to_unit_range(images) * 255).round().permute(0, 2, 3, 1).numpy()
+        assert (pixels == test.pixels).all()
+
+
+def test_real_takes_every_training_image_and_random_ipc_of_each_class(squares):
+    real = D4MDataModule(squares, train_on="real", **RECIPE)
+    real.setup("fit")
+    assert sum(len(labels) for _, labels in real.train_dataloader()) == 18
+
+    def drawn(seed):
+        data = D4MDataModule(squares, train_on="random", seed=seed, ipc=2)
+        data.setup("fit")
+        assert sorted(data._train.targets) == [0, 0, 1, 1, 2, 2]
+        pixels = [np.asarray(data._train[i][0]).tobytes() for i in range(6)]
+        train = squares.train()
+        assert {(p, t) for p, t in zip(pixels, data._train.targets, strict=True)} <= {
+            (np.asarray(image).tobytes(), label) for image, label in (train[i] for i in range(18))
+        }
+        assert len(set(pixels)) == 6
+        return pixels
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0) != drawn(1)
+
+
+def test_only_fitting_distils(squares, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.datamodules.d4m.distill", None)
+    data = D4MDataModule(squares)
+    quiet_trainer().test(ImageClassifier(3, 16), datamodule=data, verbose=False)
+    with pytest.raises(TypeError):
+        data.setup("fit")
+
+
+def test_a_finished_set_can_be_named(squares, tmp_path):
+    made = distill(squares, Recipe(**RECIPE), output=tmp_path / "set")
+    data = D4MDataModule(squares, set_folder=tmp_path / "set")
+    data.setup("fit")
+    assert torch.equal(data.distilled.images, made.images)
+
+
+def test_a_set_of_other_classes_is_refused_at_once(squares, tmp_path):
+    distill(squares, Recipe(**RECIPE), output=tmp_path / "set")
+    with pytest.raises(InputError, match=r"classes \(red, green / blue, ünï 🦆\) are not those of squares \(a, b\)"):
+        D4MDataModule(Squares(classes=("a", "b")), set_folder=tmp_path / "set")
+    with pytest.raises(InputError, match="is not a distilled set"):
+        D4MDataModule(squares, set_folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"crop_scale": (0.5, 0.1)}, "`crop_scale` is (0.5, 0.1)"),
+        ({"crop_scale": (0.0, 1.0)}, "`crop_scale`"),
+        ({"ipc": 0}, "`ipc` is 0"),
+    ],
+)
+def test_a_bad_option_is_named_at_construction(options, says):
+    with pytest.raises(InputError) as error:
+        D4MDataModule(Squares(), **options)
+    assert says in str(error.value)
+
+
+def test_a_random_subset_larger_than_a_class_is_refused(squares):
+    data = D4MDataModule(squares, train_on="random", ipc=7)
+    with pytest.raises(InputError, match="`ipc` is 7, but class 'red' has 6 images"):
+        data.setup("fit")
+
+
+def test_the_flip_follows_the_source():
+    assert D4MDataModule().flip is False  # digits
+    assert D4MDataModule(Squares()).flip is True
+    assert D4MDataModule(Squares(), flip=False).flip is False

@@ -1,0 +1,75 @@
+import math
+
+import pytest
+import torch
+
+from d4m_plugin.matching import cutmix, matching_loss
+
+
+def _reference_loss(student, teacher, temperature):
+    """The KL divergence written out: sum over classes of p (log p - log q), mean over the batch."""
+    total = 0.0
+    for student_row, teacher_row in zip(student.tolist(), teacher.tolist(), strict=True):
+        p = [math.exp(logit / temperature) for logit in teacher_row]
+        q = [math.exp(logit / temperature) for logit in student_row]
+        total += sum(a / sum(p) * (math.log(a / sum(p)) - math.log(b / sum(q))) for a, b in zip(p, q, strict=True))
+    return total / len(student)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_the_loss_is_the_softened_kl_divergence(temperature):
+    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64) * 5
+    expected = _reference_loss(student, teacher, temperature)
+    assert matching_loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_student_like_its_teacher_has_no_loss():
+    logits = torch.randn(5, 7)
+    assert matching_loss(logits + 3, logits, 20).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_divergence_is_from_the_teacher():
+    """KL is not symmetric: a student that is sure where the teacher is not pays more than the other way round."""
+    sure, unsure = torch.tensor([[20.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    assert matching_loss(sure, unsure, 1.0) > 5 * matching_loss(unsure, sure, 1.0)
+
+
+@pytest.fixture
+def batch():
+    """Eight images of 12x10 pixels, each of its own value."""
+    return torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 12, 10).contiguous()
+
+
+def test_cutmix_takes_one_box_from_the_permuted_images(batch):
+    torch.manual_seed(0)
+    shares = []
+    for _ in range(50):
+        before = batch.clone()
+        mixed = cutmix(batch)
+        assert torch.equal(batch, before)
+        other = batch[mixed.permutation]
+        taken = mixed.images == other
+        kept = mixed.images == batch
+        assert (taken | kept).all()
+        moved = mixed.permutation != torch.arange(8)
+        shares += [kept[i].float().mean().item() for i in range(8) if moved[i]]
+        for i in range(8):
+            if moved[i]:
+                assert kept[i].float().mean().item() == pytest.approx(mixed.share)
+                rows, columns = taken[i, 0].any(1).nonzero(), taken[i, 0].any(0).nonzero()
+                assert taken[i, 0].sum() == len(rows) * len(columns)  # a rectangle
+    assert min(shares) < 0.4
+    assert max(shares) > 0.9
+
+
+def test_labels_are_those_of_the_larger_part(batch):
+    torch.manual_seed(0)
+    labels = torch.arange(8)
+    seen = set()
+    for _ in range(50):
+        mixed = cutmix(batch)
+        larger = mixed.images.flatten(1).mode(1).values.long()
+        if mixed.share != 0.5:
+            assert torch.equal(mixed.labels(labels), larger)
+            seen.add(mixed.share > 0.5)
+    assert seen == {True, False}

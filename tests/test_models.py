@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from d4m_plugin import ConvNet, ImageClassifier, InputError
+from d4m_plugin.models import create_student
+from d4m_plugin.models.classifier import decay_groups
+
+
+def test_the_convnet_is_the_fields():
+    """320,010 parameters for 10 classes at 32x32, as published with the ConvNet of dataset condensation."""
+    assert sum(parameter.numel() for parameter in ConvNet(10).parameters()) == 320_010
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "mobilenet_v2", "efficientnet_b0", "swin_t", "vit_b_16"])
+def test_students_take_small_images(name):
+    student = create_student(name, num_classes=7, image_size=32).eval()
+    with torch.no_grad():
+        assert student(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("size", "edge"), [(32, 4), (64, 8), (224, 7)])
+def test_a_resnet_keeps_enough_of_a_small_image(size, edge):
+    student = create_student("resnet18", 7, size).eval()
+    shapes = []
+    student.layer4.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[-1]))
+    with torch.no_grad():
+        student(torch.randn(1, 3, size, size))
+    assert shapes == [edge]
+
+
+@pytest.mark.parametrize("name", ["resnet19", "os", "fcn_resnet50"])
+def test_an_unknown_student_is_named(name):
+    with pytest.raises(InputError, match=f"`student` is '{name}'"):
+        ImageClassifier(10, student=name)
+
+
+def test_only_matrices_decay():
+    groups = decay_groups(ConvNet(10).parameters(), 0.01)
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+    assert {p.ndim for p in groups[0]["params"]} == {2, 4}
+    assert {p.ndim for p in groups[1]["params"]} == {1}
+    assert sum(len(group["params"]) for group in groups) == len(list(ConvNet(10).parameters()))

@@ -1,0 +1,45 @@
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import d4m_plugin
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+
+@pytest.mark.parametrize("name", d4m_plugin.__all__)
+def test_each_public_name_is_there(name):
+    assert getattr(d4m_plugin, name).__name__ == name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="nonsense"):
+        d4m_plugin.nonsense  # noqa: B018
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    loaded = run_python("import sys, d4m_plugin; print(*sys.modules)").split()
+    assert not {"torch", "lightning", "diffusers", "numpy", "sklearn"} & set(loaded)
+
+
+def test_the_core_imports_no_lightning():
+    core = ["distillation", "diffusion", "distilled", "prototypes", "matching", "recipe", "sources", "card", "subsets"]
+    imports = "; ".join(f"import d4m_plugin.{name}" for name in core)
+    assert "lightning" not in run_python(f"{imports}; import sys; print(*sys.modules)").split()
+
+
+@pytest.mark.parametrize("folder", ["datamodules", "callbacks"])
+def test_the_top_level_folders_give_the_packages_classes(folder, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    sys.modules.pop(folder, None)
+    top, inside = importlib.import_module(folder), importlib.import_module(f"d4m_plugin.{folder}")
+    assert top.__all__ == inside.__all__
+    for name in top.__all__:
+        assert getattr(top, name) is getattr(inside, name)

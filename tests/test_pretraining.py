@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from d4m_plugin import InputError, LatentDiffusion, Recipe, distill
+from d4m_plugin.pretraining import byte_tokenizer, pretrain, tokenize
+from tests.toys import Squares
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A pipeline trained for a few steps: better than none at reconstruction, no more."""
+    folder = tmp_path_factory.mktemp("pretrained") / "squares"
+    return pretrain(
+        Squares(per_class=30),
+        folder,
+        vae_channels=(16, 16),
+        unet_channels=(32, 32),
+        vae_steps=150,
+        unet_steps=20,
+        batch_size=16,
+    )
+
+
+def test_the_product_is_a_stock_pipeline_in_half_precision(pretrained):
+    pipeline = StableDiffusionPipeline.from_pretrained(pretrained)
+    index = json.loads((pretrained / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert type(pipeline.unet).__name__ == "UNet2DConditionModel"
+    weights = list(pretrained.rglob("*.safetensors"))
+    assert len(weights) == 3
+    assert {tensor.dtype for path in weights for tensor in load_file(path).values()} == {torch.float16}
+    assert not list(pretrained.rglob("*.bin"))
+
+
+def test_the_vae_learnt_to_reconstruct(pretrained, random_model):
+    def error(model, pixels):
+        return (model.decode(model.encode(pixels)).float() - pixels).abs().mean()
+
+    test = Squares().test()
+    pixels = torch.from_numpy(test.pixels).permute(0, 3, 1, 2)
+    assert error(LatentDiffusion(str(pretrained)), pixels) < 0.7 * error(random_model, pixels)
+
+
+def test_latents_have_unit_scale(pretrained):
+    """`scaling_factor` makes the training latents' standard deviation 1: what the noise schedule expects."""
+    pixels = torch.from_numpy(Squares(per_class=30).train().pixels).permute(0, 3, 1, 2)
+    assert LatentDiffusion(str(pretrained)).encode(pixels).std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_the_product_distils(pretrained):
+    recipe = Recipe(diffusion=str(pretrained), ipc=1, num_inference_steps=4)
+    assert len(distill(Squares(), recipe)) == 3
+
+
+def test_any_class_name_is_told_from_any_other():
+    names = ["crane", "Ünïcode", "鶴", "🦆", "a/b", '"quoted", with commas', ""]
+    ids = tokenize(byte_tokenizer(), names)
+    assert ids.shape == (7, 77)
+    assert len({tuple(row.tolist()) for row in ids}) == 7
+    tokenizer = byte_tokenizer()
+    unknown = [row[1:-1].eq(tokenizer.unk_token_id).sum() - row[1:-1].eq(tokenizer.pad_token_id).sum() for row in ids]
+    assert all(count == 0 for count in unknown)
+
+
+def test_a_name_longer_than_the_encoder_reads_is_cut():
+    assert tokenize(byte_tokenizer(), ["x" * 200]).shape == (1, 77)
+
+
+def test_an_output_that_exists_is_named_before_any_work(tmp_path):
+    with pytest.raises(InputError, match=r"`output` is .* which exists"):
+        pretrain(Squares(), tmp_path)
+
+
+def test_an_image_size_that_cannot_be_halved_is_named(tmp_path):
+    with pytest.raises(InputError, match="`image_size` is 18"):
+        pretrain(Squares(), tmp_path / "new", image_size=18)

@@ -1,0 +1,62 @@
+import torch
+
+from d4m_plugin.prototypes import cluster
+from d4m_plugin.seeding import generator_of, seed_of
+
+
+def blobs():
+    """30, 20 and 10 points around 0, 10 and 20."""
+    noise = torch.randn(60, 2, 2, 2, generator=generator_of(1))
+    centres = torch.tensor([0.0] * 30 + [10.0] * 20 + [20.0] * 10)
+    return noise * 0.1 + centres.view(-1, 1, 1, 1)
+
+
+def test_prototypes_are_the_means_of_the_clusters_largest_first():
+    latents = blobs()
+    prototypes = cluster(latents, 3, seed=0)
+    expected = torch.stack([latents[:30].mean(0), latents[30:50].mean(0), latents[50:].mean(0)])
+    torch.testing.assert_close(prototypes.latents, expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(prototypes.weights, torch.tensor([30, 20, 10]) / 60)
+    assert prototypes.latents.dtype == torch.float32
+
+
+def test_as_many_prototypes_as_images_are_the_images():
+    latents = blobs()[:5]
+    found = cluster(latents, 5, seed=0).latents.flatten(1)
+    torch.testing.assert_close(found.sort(0).values, latents.flatten(1).sort(0).values)
+
+
+def test_one_prototype_is_the_mean():
+    latents = blobs()
+    torch.testing.assert_close(cluster(latents, 1, seed=0).latents[0], latents.mean(0), atol=1e-4, rtol=0)
+
+
+def test_the_seed_decides():
+    latents = torch.randn(200, 4, 2, 2, generator=generator_of(2))
+    first, again, other = (cluster(latents, 10, seed).latents for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_fit_beats_the_authors_small_chunks():
+    """Chunks of k latents leave most centres on single images."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    latents = torch.randn(300, 4, 2, 2, generator=generator_of(3))
+    points = latents.flatten(1)
+    theirs = MiniBatchKMeans(10, random_state=0)
+    for chunk in points.split(10):
+        theirs.partial_fit(chunk.numpy())
+
+    def inertia(centres):
+        return torch.cdist(points, centres).min(1).values.square().sum()
+
+    ours = cluster(latents, 10, seed=0).latents.flatten(1)
+    assert inertia(ours) < inertia(torch.tensor(theirs.cluster_centers_))
+
+
+def test_seeds_of_unlike_keys_differ():
+    keys = [(), (0,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1,)]
+    seeds = [seed_of(*key) for key in keys]
+    assert len(set(seeds)) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,41 @@
+import pytest
+
+from d4m_plugin import InputError, Recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ipc": 0}, "`ipc` is 0"),
+        ({"prototypes": 0}, "`prototypes` is 0"),
+        ({"ipc": 10, "prototypes": 3}, "use one of 1, 2, 5, 10"),
+        ({"strength": 0.0}, "`strength` is 0.0"),
+        ({"strength": 1.1}, "`strength` is 1.1"),
+        ({"strength": float("nan")}, "`strength` is nan"),
+        ({"num_inference_steps": 1, "strength": 0.7}, "at least 2 steps"),
+        ({"guidance_scale": -1.0}, "`guidance_scale` is -1.0"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
+        ({"image_size": 0}, "`image_size` is 0"),
+        ({"resolution": -8}, "`resolution` is -8"),
+        ({"prompt": "a photo"}, "`prompt` is 'a photo'"),
+        ({"seed": -1}, "`seed` is -1"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_would_be_right(options, says):
+    with pytest.raises(InputError, match=r"^`") as error:
+        Recipe(**options)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("ipc", "prototypes"), [(1, 1), (10, 10), (99, 99), (100, 50), (200, 50), (120, 40)])
+def test_prototypes_follow_the_papers_rule(ipc, prototypes, squares):
+    assert Recipe(ipc=ipc).resolved(squares).prototypes == prototypes
+
+
+def test_one_full_step_is_enough():
+    assert Recipe(num_inference_steps=1, strength=1.0).num_inference_steps == 1
+
+
+def test_the_prompt_takes_any_class_name():
+    assert Recipe(prompt="a {name}, {x}").prompt_of("{name} / 🦆") == "a {name} / 🦆, {x}"
