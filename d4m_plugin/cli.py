@@ -4,10 +4,12 @@
 Libraries are imported by the command that needs them, so that help is quick.
 """
 
+import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from d4m_plugin.errors import InputError
 
@@ -74,9 +76,62 @@ def _help() -> str:
 def _to_the_user(run: Callable[[], None]) -> None:
     try:
         run()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        cause = _input_error(error)
+        if cause is None:
+            raise
+        _fail(str(cause))
+
+
+def _fail(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """Return the InputError among an error's causes: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
+
+
+class OneSentenceErrors:
+    """Mix into a jsonargparse parser: what it cannot parse is said in one line, without usage."""
+
+    exit_on_error: bool
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the option and what is wrong with it, and exit with status 2."""
+        if not self.exit_on_error:  # the parser of a nested class: the outer one adds the rest of the option's name
+            super().error(message, ex)  # type: ignore[misc]  # jsonargparse's, which this is mixed into
+        _fail(str(_input_error(ex) or one_sentence(message)))
+
+
+# What jsonargparse says beside the fact, on lines of their own.
+_AROUND_THE_FACT = re.compile(
+    r"Parser key|Problem with given class_path|Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>"
+    r"|Given value|Expected a path but"
+)
+
+
+def one_sentence(message: str) -> str:
+    """Return the option's full name and the fact from a message of jsonargparse, which nests one in the other."""
+    option = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    lines = [line.strip(" -") for line in message.splitlines()]
+    facts = [line for line in lines if line and not _AROUND_THE_FACT.match(line)]
+    if not option or not facts:
+        return " ".join(lines)
+    unknown = re.match(r"Expected a dot import path string: (.*)", facts[-1])
+    if not unknown:
+        return f"`{option}`: {facts[-1]}"
+    known = f"one of {', '.join(_source_names())} or " if option.endswith("source") else ""
+    return f"`{option}` is {unknown[1]!r}, which is no such class; name {known}a class by its import path."
+
+
+def _source_names() -> list[str]:
+    from d4m_plugin import sources
+
+    return [name for name in sources.__all__ if not inspect.isabstract(getattr(sources, name))]
 
 
 def _call(command: str, args: list[str]) -> None:
@@ -84,20 +139,23 @@ def _call(command: str, args: list[str]) -> None:
 
     import d4m_plugin.sources  # noqa: F401  # so that sources are found by their short names
 
-    parser = ArgumentParser(prog=f"d4m {command}", description=FUNCTION_COMMANDS[command])
+    class Parser(OneSentenceErrors, ArgumentParser):
+        """jsonargparse's, with our errors."""
+
+    parser = Parser(prog=f"d4m {command}", description=FUNCTION_COMMANDS[command])
     parser.add_argument("--config", action="config", help="a YAML file of the options")
     if command == "pretrain":
         from d4m_plugin.pretraining import pretrain
 
         parser.add_function_arguments(pretrain)
-        config = parser.instantiate_classes(parser.parse_args(args))
+        config = parser.instantiate(parser.parse_args(args))
         config.pop("config", None)
         print(f"Wrote {pretrain(**vars(config))}")
     else:
         from d4m_plugin.distillation import distill_command
 
         parser.add_function_arguments(distill_command)
-        config = parser.instantiate_classes(parser.parse_args(args))
+        config = parser.instantiate(parser.parse_args(args))
         config.pop("config", None)
         dataset = distill_command(**vars(config))
         print(table({"Distilled set": dataset.root, "Preview": dataset.preview}))

@@ -8,11 +8,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from d4m_plugin.callbacks import RunProgress, TeacherMatching
-from d4m_plugin.cli import table
+from d4m_plugin.cli import OneSentenceErrors, table
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import trainer_precision
 
 DEFAULT_STEPS = 1000
+
+
+class Parser(OneSentenceErrors, LightningArgumentParser):
+    """LightningCLI's, with our errors."""
 
 
 class D4MCLI(LightningCLI):
@@ -28,6 +32,7 @@ class D4MCLI(LightningCLI):
                 "log_every_n_steps": 20,
             },
             seed_everything_default=0,
+            parser_class=Parser,
             save_config_kwargs={"overwrite": True},
         )
 
@@ -69,7 +74,7 @@ class D4MCLI(LightningCLI):
             if name.startswith("test_")
         }
         data = self.datamodule
-        if isinstance(data, D4MDataModule) and data.distilled is not None:
+        if isinstance(data, D4MDataModule) and data.train_on == "distilled":
             rows["distilled set"] = data.distilled.root
             rows["preview"] = data.distilled.preview
         checkpoint = self.trainer.checkpoint_callback

@@ -23,7 +23,6 @@ def test_what_a_model_needs_is_known_at_construction():
 
 def test_batches_are_distilled_images_augmented_and_normalised(squares):
     data = D4MDataModule(squares, batch_size=4, **RECIPE)
-    data.setup("fit")
     batches = list(data.train_dataloader())
     assert [len(labels) for _, labels in batches] == [4, 2]
     images, labels = batches[0]
@@ -35,7 +34,6 @@ def test_batches_are_distilled_images_augmented_and_normalised(squares):
 
 def test_without_crop_and_flip_the_distilled_pixels_come_back(squares):
     data = D4MDataModule(squares, crop_scale=(1.0, 1.0), flip=False, **RECIPE)
-    data.setup("fit")
     found = {tuple(image.flatten().tolist()) for image in data.distilled.images}
     for images, _ in data.train_dataloader():
         for image in (data.to_unit_range(images) * 255).round().to(torch.uint8):
@@ -58,16 +56,14 @@ def test_validation_and_test_are_the_real_test_images(squares):
 
 def test_real_takes_every_training_image_and_random_ipc_of_each_class(squares):
     real = D4MDataModule(squares, train_on="real", **RECIPE)
-    real.setup("fit")
     assert sum(len(labels) for _, labels in real.train_dataloader()) == 18
 
     def drawn(seed):
         data = D4MDataModule(squares, train_on="random", seed=seed, ipc=2)
-        data.setup("fit")
-        assert sorted(data._train.targets) == [0, 0, 1, 1, 2, 2]
-        pixels = [np.asarray(data._train[i][0]).tobytes() for i in range(6)]
+        assert sorted(data.training_set.targets) == [0, 0, 1, 1, 2, 2]
+        pixels = [np.asarray(data.training_set[i][0]).tobytes() for i in range(6)]
         train = squares.train()
-        assert {(p, t) for p, t in zip(pixels, data._train.targets, strict=True)} <= {
+        assert {(p, t) for p, t in zip(pixels, data.training_set.targets, strict=True)} <= {
             (np.asarray(image).tobytes(), label) for image, label in (train[i] for i in range(18))
         }
         assert len(set(pixels)) == 6
@@ -82,13 +78,12 @@ def test_only_fitting_distils(squares, monkeypatch):
     data = D4MDataModule(squares)
     quiet_trainer().test(ImageClassifier(3, 16), datamodule=data, verbose=False)
     with pytest.raises(TypeError):
-        data.setup("fit")
+        data.train_dataloader()
 
 
 def test_a_finished_set_can_be_named(squares, tmp_path):
     made = distill(squares, Recipe(**RECIPE), output=tmp_path / "set")
     data = D4MDataModule(squares, set_folder=tmp_path / "set")
-    data.setup("fit")
     assert torch.equal(data.distilled.images, made.images)
 
 
@@ -118,7 +113,7 @@ def test_a_bad_option_is_named_at_construction(options, says):
 def test_a_random_subset_larger_than_a_class_is_refused(squares):
     data = D4MDataModule(squares, train_on="random", ipc=7)
     with pytest.raises(InputError, match="`ipc` is 7, but class 'red' has 6 images"):
-        data.setup("fit")
+        data.train_dataloader()
 
 
 def test_the_flip_follows_the_source():

@@ -70,7 +70,6 @@ def test_training_equals_a_plain_loop(teacher, student, mixing):
     fit(module, TeacherMatching(teacher, temperature=4.0, mixing=mixing))
 
     data = D4MDataModule(Squares(), train_on="real", batch_size=6)
-    data.setup("fit")
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
     torch.manual_seed(1)
     for _ in range(2):
@@ -154,8 +153,29 @@ def test_the_students_logits_can_come_from_a_submodule(teacher):
 
 
 def test_logits_that_are_not_seen_are_an_error_that_says_what_to_set(teacher):
-    with pytest.raises(InputError, match=r"saw no logits of shape \(6, 3\) .* set `student`"):
+    with pytest.raises(InputError, match=r"saw no logits of shape \(2, 3\) .* set `student`"):
         fit(CallsSubmodule(), TeacherMatching(teacher))
+
+
+def test_logits_that_go_missing_while_training_are_an_error(teacher):
+    class NeedsTrainer(CallsSubmodule):
+        def training_step(self, batch, batch_idx):
+            assert self.trainer.training  # so that no step can be tried before
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(InputError, match=r"saw no logits of shape \(6, 3\) .* set `student`"):
+        fit(NeedsTrainer(), TeacherMatching(teacher))
+
+
+def test_trying_a_step_leaves_module_and_random_state_alone(teacher):
+    module = Plain()
+    before = copy.deepcopy(module.state_dict())
+    state = torch.get_rng_state()
+    data = D4MDataModule(Squares(), train_on="real")
+    TeacherMatching(teacher)._check_that_logits_are_seen(module, data)
+    assert module.labels == []
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_an_unknown_submodule_is_named(teacher):

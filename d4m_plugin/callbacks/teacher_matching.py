@@ -1,11 +1,15 @@
 """Training-Time Matching for any LightningModule (D4M, section 3.3)."""
 
+import copy
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 
 from d4m_plugin.datamodules import D4MDataModule
@@ -60,8 +64,10 @@ class TeacherMatching(L.Callback):
                 f"{type(pl_module).__name__} has `automatic_optimization` set to False, so TeacherMatching cannot "
                 "replace its loss; use a module that returns its loss from `training_step`."
             )
+        logits_module = self._logits_module(pl_module)
+        self._check_that_logits_are_seen(pl_module, data)
         self._loaded = load_teacher(self.teacher, data.source)
-        self._wrap(pl_module, self._logits_module(pl_module), data)
+        self._wrap(pl_module, logits_module, self._loaded, data)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move the teacher to where the module is."""
@@ -87,10 +93,31 @@ class TeacherMatching(L.Callback):
                 f"`student` is {self.student!r}, which {type(pl_module).__name__} does not have; it has {names}."
             ) from error
 
-    def _wrap(self, pl_module: L.LightningModule, logits_module: nn.Module, data: D4MDataModule) -> None:
+    def _check_that_logits_are_seen(self, pl_module: L.LightningModule, data: D4MDataModule) -> None:
+        """Run the step of a copy on two black images, so that a wrong `student` is known before any long work."""
+        images = torch.zeros(2, 3, data.image_size, data.image_size, device=pl_module.device)
+        labels = torch.zeros(2, dtype=torch.int64, device=pl_module.device)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+                copied = copy.deepcopy(pl_module)
+                with _logits_of(self._logits_module(copied), (2, data.num_classes)) as seen:
+                    copied.training_step((images, labels), 0)
+        except Exception:
+            return  # a module that needs its trainer to make a step: if its step is wrong, training says so
+        if not seen:
+            raise self._nothing_seen(pl_module, (2, data.num_classes))
+
+    def _nothing_seen(self, pl_module: L.LightningModule, shape: tuple[int, int]) -> InputError:
+        where = "the module itself" if self.student is None else repr(self.student)
+        return InputError(
+            f"TeacherMatching saw no logits of shape {shape} from {where} in the training step of "
+            f"{type(pl_module).__name__}; set `student` to the submodule that returns them."
+        )
+
+    def _wrap(
+        self, pl_module: L.LightningModule, logits_module: nn.Module, teacher: Teacher, data: D4MDataModule
+    ) -> None:
         own_step = pl_module.training_step
-        teacher = self._loaded
-        assert teacher is not None
 
         @functools.wraps(own_step)
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,24 +125,11 @@ class TeacherMatching(L.Callback):
             if self.mixing == "cutmix":
                 mixed = cutmix(images)
                 images, labels = mixed.images, mixed.labels(labels)
-            seen: list[Tensor] = []
             shape = (len(images), data.num_classes)
-
-            def see(module: nn.Module, inputs: Any, output: Any) -> None:
-                if isinstance(output, Tensor) and output.shape == shape:
-                    seen.append(output)
-
-            hook = logits_module.register_forward_hook(see)
-            try:
+            with _logits_of(logits_module, shape) as seen:
                 result = own_step((images, labels), *args, **kwargs)
-            finally:
-                hook.remove()
             if not seen:
-                raise InputError(
-                    f"TeacherMatching saw no logits of shape {shape} from "
-                    f"{'the module itself' if self.student is None else repr(self.student)} in the training step of "
-                    f"{type(pl_module).__name__}; set `student` to the submodule that returns them."
-                )
+                raise self._nothing_seen(pl_module, shape)
             loss = matching_loss(seen[-1], teacher(data.to_unit_range(images)), self.temperature)
             pl_module.log("matching_loss", loss.detach(), prog_bar=True)
             return {**result, "loss": loss} if isinstance(result, dict) else loss
@@ -134,6 +148,22 @@ class TeacherMatching(L.Callback):
         if self._restore is not None:
             self._restore()
         self._restore = self._loaded = None
+
+
+@contextmanager
+def _logits_of(module: nn.Module, shape: tuple[int, int]) -> Iterator[list[Tensor]]:
+    """Collect what a module returns of a shape: under DDP its outer call, which returns the loss, is seen too."""
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.shape == shape:
+            seen.append(output)
+
+    hook = module.register_forward_hook(see)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:

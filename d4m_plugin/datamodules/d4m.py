@@ -1,6 +1,7 @@
 """The distilled set as the training data of any LightningModule, real images as its validation and test data."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ from d4m_plugin.subsets import random_subset
 class D4MDataModule(L.LightningDataModule):
     """Builds or finds the distilled set of a source, and trains on it; validates and tests on real images.
 
-    The recipe's options (`ipc`, `strength`, …) are options of this class. Distilling is done in `setup`, since
-    Lightning lets one process alone run `prepare_data`.
+    The recipe's options (`ipc`, `strength`, …) are options of this class. The set is distilled when the training
+    batches are first asked for: every process gets there (`prepare_data` runs on one while the others wait in a
+    collective), and by then every callback's `setup` has checked its options.
 
     Args:
         source: the real dataset; scikit-learn's digits by default.
@@ -38,7 +40,6 @@ class D4MDataModule(L.LightningDataModule):
     Attributes:
         num_classes: known at once, for the model's construction.
         image_size: edge in pixels of the batches' images.
-        distilled: the distilled set, after `setup("fit")` with `train_on: distilled`.
 
     Raises:
         InputError: where an option cannot work.
@@ -68,31 +69,32 @@ class D4MDataModule(L.LightningDataModule):
         self.flip = self.source.flip if flip is None else flip
         self.num_classes = len(self.source.classes)
         self.image_size = self.recipe.image_size or self.source.image_size
-        self.distilled = DistilledDataset(set_folder) if set_folder else None
-        if self.distilled and self.distilled.classes != list(self.source.classes):
+        self._named_set = DistilledDataset(set_folder) if set_folder else None
+        if self._named_set and self._named_set.classes != list(self.source.classes):
+            its, ours = _listed(self._named_set.classes), _listed(self.source.classes)
             raise InputError(
-                f"`set_folder` is {str(set_folder)!r}, whose classes ({_listed(self.distilled.classes)}) are not those "
-                f"of {self.source.name} ({_listed(self.source.classes)}); name the source that it was distilled from."
+                f"`set_folder` is {str(set_folder)!r}, whose classes ({its}) are not those of {self.source.name} "
+                f"({ours}); name the source that it was distilled from."
             )
-        self._train: LabelledImages | None = None
 
-    def setup(self, stage: str) -> None:
-        """Make the training set; the real images of the other stages need no work."""
-        if stage != "fit" or self._train is not None:
-            return
+    @cached_property
+    def distilled(self) -> DistilledDataset:
+        """The distilled set: the one named, else one made or found when first asked for."""
+        return self._named_set or distill(
+            self.source, self.recipe, cache_dir=self.cache_dir, num_workers=self.num_workers
+        )
+
+    @cached_property
+    def training_set(self) -> LabelledImages:
+        """The images that `train_on` names, before augmentation."""
         if self.train_on == "distilled":
-            self.distilled = self.distilled or distill(
-                self.source, self.recipe, cache_dir=self.cache_dir, num_workers=self.num_workers
-            )
-            self._train = self.distilled
-        elif self.train_on == "random":
-            self._train = random_subset(self.source, self.recipe.ipc, self.recipe.seed)
-        else:
-            self._train = self.source.train()
+            return self.distilled
+        if self.train_on == "random":
+            return random_subset(self.source, self.recipe.ipc, self.recipe.seed)
+        return self.source.train()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of augmented, normalised images, float32 (B, 3, H, W), and labels, int64 (B,)."""
-        assert self._train is not None
         transform = v2.Compose(
             [
                 v2.RGB(),
@@ -102,7 +104,7 @@ class D4MDataModule(L.LightningDataModule):
                 *self._normalise(),
             ]
         )
-        return self._loader(_Transformed(self._train, transform), shuffle=True)
+        return self._loader(_Transformed(self.training_set, transform), shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Real test images, resized and centre-cropped: nothing here chooses by them, the last epoch counts."""

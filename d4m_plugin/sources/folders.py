@@ -50,11 +50,13 @@ class ImageFolder(Source):
 
     def train(self) -> LabelledImages:
         """Return the images under train."""
-        return self._open(self.root / "train")
+        train: LabelledImages = self._open(self.root / "train")
+        return train
 
     def test(self) -> LabelledImages:
         """Return the images under val, validation or test."""
-        return self._open(self._test_folder)
+        test: LabelledImages = self._open(self._test_folder)
+        return test
 
 
 class ImageNet(ImageFolder):
