@@ -11,16 +11,19 @@ if TYPE_CHECKING:
     from d4m_plugin.errors import InputError
     from d4m_plugin.models import ConvNet, ImageClassifier
     from d4m_plugin.recipe import Recipe
-    from d4m_plugin.sources import Digits, Source
+    from d4m_plugin.sources import CIFAR10, Digits, ImageFolder, ImageNet, Source
     from d4m_plugin.teachers import Teacher
 
 # Where each public name lives. They are imported when first used: torch, lightning and diffusers take seconds.
 _HOMES = {
+    "CIFAR10": "sources",
     "ConvNet": "models",
     "D4MDataModule": "datamodules",
     "Digits": "sources",
     "DistilledDataset": "distilled",
     "ImageClassifier": "models",
+    "ImageFolder": "sources",
+    "ImageNet": "sources",
     "InputError": "errors",
     "LatentDiffusion": "diffusion",
     "Recipe": "recipe",
@@ -30,11 +33,14 @@ _HOMES = {
     "distill": "distillation",
 }
 __all__ = [  # the names are there by __getattr__
+    "CIFAR10",
     "ConvNet",
     "D4MDataModule",
     "Digits",
     "DistilledDataset",
     "ImageClassifier",
+    "ImageFolder",
+    "ImageNet",
     "InputError",
     "LatentDiffusion",
     "Recipe",

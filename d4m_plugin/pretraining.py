@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchvision.transforms import v2
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from d4m_plugin.callbacks import RunProgress
 from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
 from d4m_plugin.errors import InputError
 from d4m_plugin.sources import Digits, Source
@@ -126,13 +127,15 @@ def _adamw_cosine(module: L.LightningModule, lr: float) -> OptimizerLRScheduler:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _train(module: L.LightningModule, dataset: TensorDataset, steps: int, batch_size: int, ema: bool) -> None:
-    """Fit a module for exactly `steps` batches drawn with replacement, as one epoch with one progress bar."""
+def _train(
+    module: L.LightningModule, dataset: TensorDataset, steps: int, batch_size: int, callbacks: list[L.Callback]
+) -> None:
+    """Fit a module for exactly `steps` batches drawn with replacement, as one epoch."""
     sampler = RandomSampler(dataset, replacement=True, num_samples=steps * batch_size)
     trainer = L.Trainer(
         max_epochs=1,
         precision=trainer_precision(),
-        callbacks=[EMAWeightAveraging(decay=0.999)] if ema else [],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -218,7 +221,8 @@ def pretrain(
         sample_size=image_size,
         norm_num_groups=16,
     )
-    _train(AutoencoderTraining(vae, vae_lr), TensorDataset(images), vae_steps, batch_size, ema=True)
+    bar = RunProgress("VAE")
+    _train(AutoencoderTraining(vae, vae_lr), TensorDataset(images), vae_steps, batch_size, [bar])
 
     latents = _latents(vae, images, batch_size)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
@@ -259,17 +263,19 @@ def pretrain(
         steps_offset=1,
     )
     module = DenoiserTraining(unet, text_encoder, scheduler, tokenize(tokenizer, [*source.classes, ""]), unet_lr)
-    _train(module, TensorDataset(latents, labels), unet_steps, batch_size, ema=True)
+    # A decay that leaves e**-10 of the initial weights, however short the run.
+    ema = EMAWeightAveraging(decay=max(0.0, min(0.999, 1 - 10 / unet_steps)))
+    _train(module, TensorDataset(latents, labels), unet_steps, batch_size, [RunProgress("U-Net"), ema])
 
     pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=unet.half(),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(dtype=torch.float16).save_pretrained(output)
+    pipeline.save_pretrained(output)
     return output

@@ -13,10 +13,14 @@ class RunProgress(ProgressBar):
     """Shows the steps of the whole run, with rate and time left, where Lightning's own bar starts anew each epoch.
 
     An epoch of a distilled set may be one step.
+
+    Args:
+        description: what stands before the bar.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, description: str = "Training") -> None:
         super().__init__()
+        self._description = description
         self._bar: tqdm[Any] | None = None
         self._enabled = True
 
@@ -29,7 +33,11 @@ class RunProgress(ProgressBar):
         if self._enabled:
             total = int(trainer.estimated_stepping_batches)
             self._bar = tqdm(
-                total=total, initial=trainer.global_step, desc=f"{'Training':<12}", unit=" steps", dynamic_ncols=True
+                total=total,
+                initial=trainer.global_step,
+                desc=self._description,
+                unit=" steps",
+                dynamic_ncols=True,
             )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
