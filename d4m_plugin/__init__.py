@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from d4m_plugin.distillation import distill
     from d4m_plugin.distilled import DistilledDataset
     from d4m_plugin.errors import InputError
-    from d4m_plugin.models import ConvNet, ImageClassifier
+    from d4m_plugin.models import ConvNet
+    from d4m_plugin.models.classifier import ImageClassifier
     from d4m_plugin.recipe import Recipe
     from d4m_plugin.sources import CIFAR10, Digits, ImageFolder, ImageNet, Source
     from d4m_plugin.teachers import Teacher
@@ -21,7 +22,7 @@ _HOMES = {
     "D4MDataModule": "datamodules",
     "Digits": "sources",
     "DistilledDataset": "distilled",
-    "ImageClassifier": "models",
+    "ImageClassifier": "models.classifier",
     "ImageFolder": "sources",
     "ImageNet": "sources",
     "InputError": "errors",

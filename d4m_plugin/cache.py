@@ -14,7 +14,7 @@ def resolve_cache_dir(cache_dir: str | Path | None = None) -> Path:
     Raises:
         InputError: where it cannot be made or written.
     """
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d4m"
+    default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/d4m"
     folder = Path(cache_dir or os.environ.get("D4M_CACHE") or default).expanduser().resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)

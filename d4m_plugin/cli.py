@@ -137,28 +137,21 @@ def _source_names() -> list[str]:
 def _call(command: str, args: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
-    import d4m_plugin.sources  # noqa: F401  # so that sources are found by their short names
+    from d4m_plugin.distillation import distill_command
+    from d4m_plugin.pretraining import pretrain
 
     class Parser(OneSentenceErrors, ArgumentParser):
         """jsonargparse's, with our errors."""
 
+    functions: dict[str, Callable[..., Any]] = {"distill": distill_command, "pretrain": pretrain}
     parser = Parser(prog=f"d4m {command}", description=FUNCTION_COMMANDS[command])
     parser.add_argument("--config", action="config", help="a YAML file of the options")
-    if command == "pretrain":
-        from d4m_plugin.pretraining import pretrain
-
-        parser.add_function_arguments(pretrain)
-        config = parser.instantiate(parser.parse_args(args))
-        config.pop("config", None)
-        print(f"Wrote {pretrain(**vars(config))}")
-    else:
-        from d4m_plugin.distillation import distill_command
-
-        parser.add_function_arguments(distill_command)
-        config = parser.instantiate(parser.parse_args(args))
-        config.pop("config", None)
-        dataset = distill_command(**vars(config))
-        print(table({"Distilled set": dataset.root, "Preview": dataset.preview}))
+    parser.add_function_arguments(functions[command])
+    options = vars(parser.instantiate(parser.parse_args(args)))
+    options.pop("config")
+    made = functions[command](**options)
+    rows = {"pipeline": made} if command == "pretrain" else {"distilled set": made.root, "preview": made.preview}
+    print(table(rows))
 
 
 def _lightning_cli() -> None:

@@ -5,7 +5,6 @@
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from d4m_plugin.errors import InputError
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("digits",)
 
-# What `encode_prompt` of SD, SDXL and SD3 returns, in order, by the names under which `__call__` takes it.
+# What `encode_prompt` of SD and SDXL returns, in order, by the names under which `__call__` takes it.
 PROMPT_TENSORS = (
     "prompt_embeds",
     "negative_prompt_embeds",
@@ -54,7 +53,7 @@ class LatentDiffusion:
         self.pipeline = _load_pipeline(model, revision, self.device, self.dtype)
         if scheduler is not None:
             self.pipeline.scheduler = _scheduler_class(scheduler).from_config(self.pipeline.scheduler.config)
-        self.encode_prompt = lru_cache(maxsize=64)(self._encode_prompt)
+        self._encoded: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     @property
     def resolution(self) -> int:
@@ -77,7 +76,7 @@ class LatentDiffusion:
         return latents.cpu()
 
     @torch.inference_mode()
-    def _encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
+    def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
         """Return what the pipeline's call takes in place of a prompt, each with a leading dimension of 1."""
         with autocast(self.device, self.dtype):
             tensors = self.pipeline.encode_prompt(
@@ -85,7 +84,7 @@ class LatentDiffusion:
                 device=self.device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=True,
-                negative_prompt=negative_prompt,
+                negative_prompt=negative_prompt or None,  # None lets SDXL take its own empty prompt
             )
         return dict(zip(PROMPT_TENSORS, tensors, strict=False))
 
@@ -115,7 +114,10 @@ class LatentDiffusion:
             guidance_scale: how far to follow the prompt; 1 or less leaves the unconditional pass out.
             num_inference_steps: steps of the whole schedule, of which int(steps · strength) are made.
         """
-        encoded = [self.encode_prompt(prompt, negative_prompt) for prompt in prompts]
+        keys = [(prompt, negative_prompt) for prompt in prompts]
+        # Images come class by class: the last batch's prompts are all that is worth keeping.
+        self._encoded = {key: self._encoded.get(key) or self.encode_prompt(*key) for key in dict.fromkeys(keys)}
+        encoded = [self._encoded[key] for key in keys]
         arguments = {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
         self.pipeline.set_progress_bar_config(disable=True)
         with autocast(self.device, self.dtype):

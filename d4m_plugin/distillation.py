@@ -8,6 +8,7 @@ folder appears by one rename.
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import shutil
 import time
@@ -65,18 +66,24 @@ def distill(
         raise InputError(f"`batch_size` is {batch_size}; it must be at least 1.")
     _check_classes(source, resolved)
     fingerprint = set_fingerprint(source, resolved)
-    folder = Path(output) if output else set_folder(source, resolved, cache_dir)
+    if output:
+        folder = Path(output).resolve()
+    else:
+        name = f"{source.name}-{resolved.config_name}-{fingerprint}"
+        folder = resolve_cache_dir(cache_dir) / "sets" / name
     work = folder.with_name(f"{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
-        with lock:
+        with lock, torch.random.fork_rng(devices=[]):  # so that training goes on alike from a set made or found
             if not folder.exists():
-                _distil_into(work / fingerprint, source, resolved, batch_size, num_workers)
+                _distil_into(work / fingerprint, fingerprint, source, resolved, batch_size, num_workers)
                 (work / fingerprint / "set").replace(folder)
                 shutil.rmtree(work)
         Path(lock.lock_file).unlink(missing_ok=True)
     except OSError as error:
+        if not str(error.filename).startswith(str(folder.parent)):
+            raise
         raise InputError(
             f"{str(error.filename)!r} cannot be written ({error.strerror}); name another folder."
         ) from error
@@ -84,12 +91,6 @@ def distill(
     if dataset.metadata["fingerprint"] != fingerprint:
         raise InputError(f"`output` is {str(folder)!r}, a set of another source or recipe; name another folder.")
     return dataset
-
-
-def set_folder(source: Source, recipe: ResolvedRecipe, cache_dir: str | Path | None = None) -> Path:
-    """Return where the cache keeps the set of a source and recipe."""
-    name = f"{source.name}-{recipe.config_name}-{set_fingerprint(source, recipe)}"
-    return resolve_cache_dir(cache_dir) / "sets" / name
 
 
 def set_fingerprint(source: Source, recipe: ResolvedRecipe) -> str:
@@ -115,7 +116,9 @@ def _check_classes(source: Source, recipe: ResolvedRecipe) -> None:
         )
 
 
-def _distil_into(work: Path, source: Source, recipe: ResolvedRecipe, batch_size: int, num_workers: int) -> None:
+def _distil_into(
+    work: Path, fingerprint: str, source: Source, recipe: ResolvedRecipe, batch_size: int, num_workers: int
+) -> None:
     """Leave the finished set in `work / "set"`."""
     started = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
@@ -127,7 +130,7 @@ def _distil_into(work: Path, source: Source, recipe: ResolvedRecipe, batch_size:
     make_images(work, source, recipe, model, batch_size)
     synthesised = time.perf_counter()
     seconds = {"encode_and_cluster": clustered - started, "synthesise": synthesised - clustered}
-    _assemble(work, source, recipe, model, seconds)
+    _assemble(work, fingerprint, source, recipe, model, seconds)
 
 
 def make_prototypes(
@@ -142,8 +145,8 @@ def make_prototypes(
     """Write the prototypes of each class to `work`, one class in memory at a time; skip classes that are there."""
     todo = [c for c in range(len(source.classes)) if not _class_file(work, c).exists()]
     images = source.train()
-    with _progress("Encoding", len(images)) as progress:
-        progress.update(len(images) - sum(label in set(todo) for label in images.targets))
+    left = int(torch.isin(torch.tensor(images.targets), torch.tensor(todo)).sum())
+    with _progress("Encoding", len(images), done=len(images) - left) as progress:
         for label, latents in encode(images, todo, model, resolution, batch_size, num_workers, progress):
             prototypes = cluster(latents, recipe.prototypes, seed_of(recipe.seed, label))
             with written_whole(_class_file(work, label)) as path:
@@ -209,13 +212,15 @@ def make_images(work: Path, source: Source, recipe: ResolvedRecipe, model: Laten
     """Write the distilled images to `work` in blocks; skip blocks that are there."""
     wanted = [(label, index) for label in range(len(source.classes)) for index in range(recipe.ipc)]
     blocks = [wanted[start : start + BLOCK] for start in range(0, len(wanted), BLOCK)]
-    with _progress("Synthesising", len(wanted)) as progress:
-        for number, block in enumerate(blocks):
-            if not _block_file(work, number).exists():
-                prototypes = {label: load_prototypes(work, label) for label in {label for label, _ in block}}
-                columns = synthesise(block, prototypes, list(source.classes), recipe, model, batch_size)
-                with written_whole(_block_file(work, number)) as path:
-                    save_file(columns, path)
+    todo = [number for number in range(len(blocks)) if not _block_file(work, number).exists()]
+    left = sum(len(blocks[number]) for number in todo)
+    with _progress("Synthesising", len(wanted), done=len(wanted) - left) as progress:
+        for number in todo:
+            block = blocks[number]
+            prototypes = {label: load_prototypes(work, label) for label in {label for label, _ in block}}
+            columns = synthesise(block, prototypes, list(source.classes), recipe, model, batch_size)
+            with written_whole(_block_file(work, number)) as path:
+                save_file(columns, path)
             progress.update(len(block))
 
 
@@ -273,7 +278,12 @@ def load_prototypes(work: Path, label: int) -> Prototypes:
 
 
 def _assemble(
-    work: Path, source: Source, recipe: ResolvedRecipe, model: LatentDiffusion, seconds: dict[str, float]
+    work: Path,
+    fingerprint: str,
+    source: Source,
+    recipe: ResolvedRecipe,
+    model: LatentDiffusion,
+    seconds: dict[str, float],
 ) -> None:
     """Put the units together as a set in `work / "set"`."""
     shutil.rmtree(work / "set", ignore_errors=True)
@@ -290,26 +300,28 @@ def _assemble(
     decoded = [model.decode(each.latents[:MAX_COLUMNS]) for each in everyone[:MAX_ROWS]]
     grid(decoded, classes).save(folder / "prototypes.png")
 
-    count = -(-len(classes) * recipe.ipc // BLOCK)
-    columns = (load_file(_block_file(work, number)) for number in range(count))
-    write_parquet(
-        folder / PARQUET,
-        classes,
-        ({name: c if name == "image" else c.tolist() for name, c in block.items()} for block in columns),
-    )
+    files = [_block_file(work, number) for number in range(math.ceil(len(classes) * recipe.ipc / BLOCK))]
+    write_parquet(folder / PARQUET, classes, map(load_file, files))
+    shown = MAX_ROWS * recipe.ipc
+    images = torch.cat([load_file(file)["image"] for file in files[: math.ceil(shown / BLOCK)]])
+    grid(images[:shown].split(recipe.ipc), classes).save(folder / "preview.png")
+
     metadata = {
         "format": FORMAT,
-        "fingerprint": set_fingerprint(source, recipe),
+        "fingerprint": fingerprint,
         "recipe": dataclasses.asdict(recipe),
-        "source": {"name": source.name, "fingerprint": source.fingerprint, "classes": classes},
+        "source": {
+            "name": source.name,
+            "license": source.license,
+            "fingerprint": source.fingerprint,
+            "classes": classes,
+        },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "checksums": checksums(folder),
     }
     (folder / "d4m.json").write_text(json.dumps(metadata, indent=2), encoding="utf-8")
-    shown = DistilledDataset(work / "set").images[: MAX_ROWS * recipe.ipc].split(recipe.ipc)
-    grid(shown, classes).save(folder / "preview.png")
-    write_card(work / "set", metadata)
+    write_card(work / "set", recipe.config_name, metadata)
 
 
 VERSIONS = ("d4m-plugin", "torch", "diffusers", "transformers", "scikit-learn")
@@ -323,8 +335,8 @@ def _block_file(work: Path, number: int) -> Path:
     return work / f"block-{number:06d}.safetensors"
 
 
-def _progress(stage: str, total: int) -> "tqdm[Any]":
-    return tqdm(total=total, desc=f"{stage:<12}", unit=" images", dynamic_ncols=True)
+def _progress(stage: str, total: int, done: int) -> "tqdm[Any]":
+    return tqdm(total=total, initial=done, desc=stage, unit=" images", dynamic_ncols=True)
 
 
 def distill_command(

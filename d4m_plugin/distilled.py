@@ -106,32 +106,38 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def write_parquet(path: Path, classes: list[str], blocks: Iterable[dict[str, Any]]) -> None:
-    """Write a set's images as parquet that `datasets.load_dataset` reads, holding one block in memory at a time.
+def features_of(classes: list[str]) -> Any:
+    """Return the columns of a set as `datasets.Features`."""
+    from datasets import ClassLabel, Features, Image, Value
 
-    Args:
-        path: the file to write.
-        classes: the class names.
-        blocks: columns of a few images each: `image` (uint8, shape (n, 3, H, W)), `label`, `prototype`,
-            `weight` and `seed` (lists of n).
-    """
-    import pyarrow as pa
-    from datasets import ClassLabel, Features, Value
-    from datasets import Image as ImageFeature
-
-    schema = Features(
+    return Features(
         {
-            "image": ImageFeature(),
+            "image": Image(),
             "label": ClassLabel(names=classes),
             "prototype": Value("int32"),
             "weight": Value("float32"),
             "seed": Value("int64"),
         }
-    ).arrow_schema
+    )
+
+
+def write_parquet(path: Path, classes: list[str], blocks: Iterable[dict[str, Tensor]]) -> None:
+    """Write a set's images as parquet that `datasets.load_dataset` reads, holding one block in memory at a time.
+
+    Args:
+        path: the file to write.
+        classes: the class names.
+        blocks: columns of a few images each: `image` (uint8, shape (n, 3, H, W)), `label`, `prototype`, `weight` and
+            `seed` (shape (n,)).
+    """
+    import pyarrow as pa
+
+    schema = features_of(classes).arrow_schema
     with pq.ParquetWriter(path, schema) as writer:
         for block in blocks:
-            images = [{"bytes": _png(image), "path": None} for image in block["image"]]
-            writer.write_table(pa.table({**block, "image": images}, schema=schema))
+            columns: dict[str, list[Any]] = {name: column.tolist() for name, column in block.items() if name != "image"}
+            columns["image"] = [{"bytes": _png(image), "path": None} for image in block["image"]]
+            writer.write_table(pa.table(columns, schema=schema))
 
 
 def _png(image: Tensor) -> bytes:

@@ -1,11 +1,16 @@
 """LightningCLI with our defaults: what `fit`, `validate`, `test` and `predict` run."""
 
+import csv
+import re
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from d4m_plugin.callbacks import RunProgress, TeacherMatching
 from d4m_plugin.cli import OneSentenceErrors, table
@@ -24,13 +29,7 @@ class D4MCLI(LightningCLI):
 
     def __init__(self) -> None:
         super().__init__(
-            trainer_defaults={
-                "max_steps": DEFAULT_STEPS,
-                "check_val_every_n_epoch": None,  # an epoch of a distilled set may be one step: count steps
-                "val_check_interval": DEFAULT_STEPS // 4,
-                "precision": trainer_precision(),
-                "log_every_n_steps": 20,
-            },
+            trainer_defaults={"precision": trainer_precision(), "log_every_n_steps": 20},
             seed_everything_default=0,
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
@@ -49,12 +48,17 @@ class D4MCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Show the whole run on one bar, unless the user has a bar or wants none."""
-        trainer = self._get(self.config_init, "trainer", {})
-        callbacks = trainer.get("callbacks") or []
+        """Fill in how long to train, how often to validate and how to show it, where the user does not say."""
+        options = self._get(self.config_init, "trainer", {})
+        if options["max_steps"] == -1 and options["max_epochs"] is None and options["max_time"] is None:
+            kwargs["max_steps"] = DEFAULT_STEPS
+        if options["val_check_interval"] is None and options["check_val_every_n_epoch"] == 1:
+            # An epoch of a distilled set may be one step: validate by steps.
+            kwargs |= {"val_check_interval": DEFAULT_STEPS // 4, "check_val_every_n_epoch": None}
+        callbacks = options["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        bars = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        if trainer.get("enable_progress_bar") is not False and not bars:
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if self.subcommand == "fit" and options["enable_progress_bar"] is not False and not has_bar:
             kwargs["callbacks"] = [*callbacks, RunProgress()]
         return super().instantiate_trainer(**kwargs)
 
@@ -62,25 +66,48 @@ class D4MCLI(LightningCLI):
         """Measure the student on the real test images, and say what there is now and what to do next."""
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it from its argument
             return
-        if is_overridden("test_step", self.model):
-            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-        if self.trainer.is_global_zero:
-            print(f"\n{table(self._results())}")
-
-    def _results(self) -> dict[str, Any]:
-        rows: dict[str, Any] = {
-            f"{name.removeprefix('test_')} on real test images": f"{value:.2%}" if "acc" in name else f"{value:.4g}"
-            for name, value in self.trainer.callback_metrics.items()
-            if name.startswith("test_")
-        }
-        data = self.datamodule
-        if isinstance(data, D4MDataModule) and data.train_on == "distilled":
-            rows["distilled set"] = data.distilled.root
-            rows["preview"] = data.distilled.preview
+        rows: dict[str, Any] = {}
         checkpoint = self.trainer.checkpoint_callback
-        if isinstance(checkpoint, ModelCheckpoint):
-            rows["checkpoint"] = checkpoint.best_model_path
-        if isinstance(data, D4MDataModule) and data.train_on == "distilled":
-            rows["next"] = f"lightning fit --data D4MDataModule --data.train_on random --data.ipc {data.recipe.ipc}"
-            rows[""] = "(the same training on as many real images: is the distilled set better?)"
-        return rows
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath:
+            # Lightning's own are of the last validation; what is measured here is of the last step.
+            rows["checkpoint"] = Path(checkpoint.dirpath) / "last.ckpt"
+            self.trainer.save_checkpoint(rows["checkpoint"])
+        if is_overridden("test_step", self.model):
+            (metrics,) = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            rows = {_row_name(name): _shown(name, value) for name, value in metrics.items()} | rows
+        if self.trainer.is_global_zero:
+            print(f"\n{table(rows | self._what_next())}")
+
+    def _what_next(self) -> dict[str, Any]:
+        data = self.datamodule
+        if not isinstance(data, D4MDataModule) or data.train_on != "distilled":
+            return {}
+        again = f"lightning fit --config {self.trainer.log_dir}/config.yaml"
+        return {
+            "distilled set": data.distilled.root,
+            "preview": data.distilled.preview,
+            "next": f"{again} --data.train_on random --data.ipc {data.distilled.recipe['ipc']}",
+            "": "(the same training on as many real images: is the distilled set better?)",
+        }
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write the label predicted of each real test image to predictions.csv in the log folder."""
+        predicted: Any = self.trainer.predict(**kwargs)
+        are_labels = predicted and all(isinstance(batch, Tensor) and batch.ndim == 1 for batch in predicted)
+        if not are_labels or not isinstance(self.datamodule, D4MDataModule) or not self.trainer.is_global_zero:
+            return
+        path = Path(self.trainer.log_dir or ".") / "predictions.csv"
+        names, labels = self.datamodule.source.classes, torch.cat(predicted).tolist()
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("index", "label", "class"))
+            writer.writerows((index, label, names[label]) for index, label in enumerate(labels))
+        print(table({"predictions": path}))
+
+
+def _row_name(metric: str) -> str:
+    return f"{re.sub('^test[_/]', '', metric)} on real test images"
+
+
+def _shown(metric: str, value: float) -> str:
+    return f"{value:.2%}" if "acc" in metric else f"{value:.4g}"

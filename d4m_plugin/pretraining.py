@@ -14,12 +14,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from tokenizers import normalizers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchvision.transforms import v2
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from d4m_plugin.callbacks import RunProgress
 from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
@@ -32,15 +33,21 @@ PROMPT_DROPOUT = 0.1  # Ho and Salimans, section 4
 TEXT_LENGTH = 77  # tokens, CLIP's own
 
 
-def byte_tokenizer() -> CLIPTokenizer:
-    """Return a CLIP tokenizer without merges: each byte of a text is a token, so no text is out of vocabulary."""
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return CLIP's tokenizer without merges and without its lower-casing.
+
+    Each byte of a text is a token, so that no text is out of vocabulary and "A" is not "a".
+    """
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_LENGTH)
+    clip = CLIPTokenizer(vocab=vocabulary, merges=[])
+    clip.backend_tokenizer.normalizer = normalizers.NFC()
+    names = {name: getattr(clip, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return PreTrainedTokenizerFast(tokenizer_object=clip.backend_tokenizer, model_max_length=TEXT_LENGTH, **names)
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
     """Return token ids of texts, int64, shape (len(texts), 77), as diffusers' pipelines make them."""
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     ids: Tensor = tokenizer(list(texts), **options).input_ids
@@ -134,6 +141,7 @@ def _train(
     sampler = RandomSampler(dataset, replacement=True, num_samples=steps * batch_size)
     trainer = L.Trainer(
         max_epochs=1,
+        devices=1,  # small models: a second device would only divide the steps
         precision=trainer_precision(),
         callbacks=callbacks,
         logger=False,
@@ -184,7 +192,7 @@ def pretrain(
         source: the real images; scikit-learn's digits by default.
         output: the folder to write: a stock `StableDiffusionPipeline`, float16.
         image_size: edge in pixels of what the pipeline makes; the source's own by default.
-        vae_channels: channels of each level of the VAE; each level after the first halves the edge.
+        vae_channels: channels of each level of the VAE, multiples of 16; each level after the first halves the edge.
         unet_channels: channels of each level of the U-Net, multiples of 32.
         vae_steps: updates of the VAE.
         unet_steps: updates of the U-Net and text encoder.
@@ -201,10 +209,19 @@ def pretrain(
     """
     source = source or Digits()
     image_size = image_size or source.image_size
+    for name, channels, step in (("vae_channels", vae_channels, 16), ("unet_channels", unet_channels, 32)):
+        if not channels or any(channel < 1 or channel % step for channel in channels):
+            raise InputError(f"`{name}` is {list(channels)}; it must be multiples of {step}, one a level.")
     downsampling = 2 ** (len(vae_channels) - 1)
-    if image_size % (downsampling * 2 ** (len(unet_channels) - 1)):
-        levels = f"{len(vae_channels)} VAE and {len(unet_channels)} U-Net levels"
-        raise InputError(f"`image_size` is {image_size}, which cannot be halved for {levels}; use a multiple of 32.")
+    multiple = downsampling * 2 ** (len(unet_channels) - 1)
+    if image_size % multiple:
+        raise InputError(
+            f"`image_size` is {image_size}; {len(vae_channels)} VAE and {len(unet_channels)} U-Net levels halve it to "
+            f"whole pixels only from a multiple of {multiple}."
+        )
+    for name, value in (("vae_steps", vae_steps), ("unet_steps", unet_steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"`{name}` is {value}; it must be at least 1.")
     if output.exists():
         raise InputError(f"`output` is {str(output)!r}, which exists; name a new folder or remove it.")
 

@@ -12,5 +12,5 @@ def seed_of(*key: int) -> int:
 
 
 def generator_of(*key: int) -> torch.Generator:
-    """Return a generator on the CPU seeded by `seed_of(*key)`, so that its noise is the same on any device."""
+    """Return a generator on the CPU seeded by `seed_of(*key)`, whatever device its noise goes to."""
     return torch.Generator().manual_seed(seed_of(*key))

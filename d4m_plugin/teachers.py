@@ -1,6 +1,7 @@
 """Where a teacher comes from, what it wants to see, and the order of its classes."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from d4m_plugin.diffusion import ASSETS, EMBEDDED
 from d4m_plugin.errors import InputError
 from d4m_plugin.models.students import create_student
+from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import Source
+
+CHANCE_SAMPLE = 256  # real images that a teacher is tried on
 
 
 class Teacher(nn.Module):
@@ -131,16 +136,7 @@ def _from_torchvision(name: str) -> Teacher:
 
 
 def _read_checkpoint(path: Path) -> Teacher:
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        student = {k: checkpoint["hyper_parameters"][k] for k in ("student", "num_classes", "image_size")}
-        data = checkpoint["D4MDataModule"]
-    except KeyError as error:
-        raise InputError(
-            f"`teacher` is {str(path)!r}, which is no checkpoint of an ImageClassifier trained with D4MDataModule."
-        ) from error
-    weights = {k.removeprefix("student."): v for k, v in checkpoint["state_dict"].items() if k.startswith("student.")}
-    return _build(student, data, weights)
+    return _build(*_student_of(path))
 
 
 def _read_safetensors(path: Path) -> Teacher:
@@ -151,17 +147,53 @@ def _read_safetensors(path: Path) -> Teacher:
     return _build(json.loads(metadata["student"]), json.loads(metadata["data"]), load_file(path))
 
 
+def save_teacher(checkpoint: Path, output: Path) -> None:
+    """Write the student of a checkpoint (`train_on: real`) as a teacher: half precision, without the optimiser."""
+    student, data, weights = _student_of(checkpoint)
+    metadata = {"student": json.dumps(student), "data": json.dumps(data)}
+    save_file({name: weight.half() for name, weight in weights.items()}, output, metadata)
+
+
+def _student_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """Return the arguments of `create_student`, what the data module recorded, and the weights."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        student = {name: checkpoint["hyper_parameters"][name] for name in ("student", "num_classes", "image_size")}
+        data = checkpoint["D4MDataModule"]
+    except KeyError as error:
+        raise InputError(
+            f"`teacher` is {str(path)!r}, which is no checkpoint of an ImageClassifier trained with D4MDataModule."
+        ) from error
+    state, prefix = checkpoint["state_dict"], "student."
+    return student, data, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
 def _build(student: dict[str, Any], data: dict[str, Any], weights: dict[str, Tensor]) -> Teacher:
     model = create_student(student["student"], student["num_classes"], student["image_size"])
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
     return Teacher(model, data["classes"], student["image_size"], data["mean"], data["std"])
 
 
-def save_teacher(checkpoint: Path, output: Path) -> None:
-    """Write the student of a checkpoint (`train_on: real`) as a teacher: half precision, safetensors, no optimiser."""
-    loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    student = {k: loaded["hyper_parameters"][k] for k in ("student", "num_classes", "image_size")}
-    weights = {
-        k.removeprefix("student."): v.half() for k, v in loaded["state_dict"].items() if k.startswith("student.")
-    }
-    save_file(weights, output, {"student": json.dumps(student), "data": json.dumps(loaded["D4MDataModule"])})
+def check_above_chance(teacher: Teacher, source: Source) -> None:
+    """Refuse a teacher that knows no more of real test images than chance.
+
+    Its accuracy on a sample of them has to be three standard deviations above that of guessing.
+
+    Raises:
+        InputError: where it is not.
+    """
+    images = source.test()
+    chosen = torch.randperm(len(images), generator=generator_of(0))[:CHANCE_SAMPLE].tolist()
+    size = teacher.image_size
+    transform = v2.Compose(
+        [v2.Resize(size), v2.CenterCrop(size), v2.RGB(), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    )
+    pixels = torch.stack([transform(images[index][0]) for index in chosen])
+    labels = torch.tensor([images.targets[index] for index in chosen])
+    accuracy = (teacher(pixels).argmax(1) == labels).float().mean().item()
+    chance = 1 / len(source.classes)
+    if accuracy < chance + 3 * math.sqrt(chance * (1 - chance) / len(chosen)):
+        raise InputError(
+            f"`teacher` names {accuracy:.0%} of {len(chosen)} real test images of {source.name} rightly, no more than "
+            f"chance ({chance:.0%}); the order of its classes or its normalisation is not what it was trained with."
+        )

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from d4m_plugin.teachers import save_teacher
 save_teacher(Path(sys.argv[1]), Path(sys.argv[2]))
-" "$work/digits.ckpt" "$work/digits/teacher.safetensors"
+" "$work/last.ckpt" "$work/digits/teacher.safetensors"
 
 rm -rf d4m_plugin/assets/digits
 mv "$work/digits" d4m_plugin/assets/digits

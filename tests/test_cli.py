@@ -1,10 +1,13 @@
+import csv
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
-from d4m_plugin import cli
+from d4m_plugin import Digits, cli
 
 SHORT = ["--data.num_inference_steps", "4", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
 
@@ -25,35 +28,54 @@ def run(monkeypatch, capsys):
     return run_command
 
 
+def table_of(out):
+    """The rows of the table that a command ends with."""
+    rows = [line.strip().split("  ", 1) for line in out.splitlines() if line.startswith("  ") and "  " in line.strip()]
+    return {name: value.strip() for name, value in rows}
+
+
 def test_fit_alone_runs_whole_and_finds_its_set_again(run):
     status, out, err = run("fit", "--data", "D4MDataModule", *SHORT)
     assert status == 0
-    rows = dict(line.strip().split("  ", 1) for line in out.splitlines() if line.startswith("  "))
-    rows = {name: value.strip() for name, value in rows.items()}
+    rows = table_of(out)
     assert rows["accuracy on real test images"].endswith("%")
     assert "ipc-10" in rows["distilled set"]
     assert rows["preview"].endswith("preview.png")
-    assert rows["next"].startswith("lightning fit")
+    assert rows["next"].startswith("lightning fit --config")
     for stage in ("Encoding", "Synthesising", "Training"):
         assert stage in err
 
     status, again, err = run("fit", "--data", "D4MDataModule", *SHORT)
     assert status == 0
     assert rows["distilled set"] in again
+    assert table_of(again)["accuracy on real test images"] == rows["accuracy on real test images"]  # the same training
     assert "Training" in err
     assert "Synthesising" not in err
 
+    status, out, err = run(*rows["next"].split()[1:], *SHORT[2:])
+    assert status == 0, err
+    assert "accuracy on real test images" in out
+    assert "Synthesising" not in err
 
-def test_a_checkpoint_can_be_validated_tested_and_asked(run):
-    status, out, _ = run("fit", "--data.train_on", "random", *SHORT[2:])
+
+def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
+    status, out, _ = run("fit", "--data.train_on", "random", "--trainer.max_steps", "3", "--data.batch_size", "20")
     assert status == 0
-    checkpoint = next(line.split()[1] for line in out.splitlines() if line.strip().startswith("checkpoint"))
-    accuracy = next(line.split()[-1] for line in out.splitlines() if line.strip().startswith("accuracy"))
+    rows = table_of(out)
+    assert torch.load(rows["checkpoint"], weights_only=True)["global_step"] == 3
+    accuracy = float(rows["accuracy on real test images"].rstrip("%")) / 100
     for command in ("validate", "test"):
-        status, out, err = run(command, "--data", "D4MDataModule", "--ckpt_path", checkpoint)
+        status, out, err = run(command, "--data", "D4MDataModule", "--ckpt_path", rows["checkpoint"])
         assert status == 0, err
-        assert f"{float(accuracy.rstrip('%')) / 100:.3f}" in out.replace("0.", "0.")
-    assert run("predict", "--ckpt_path", checkpoint, "--return_predictions", "false")[0] == 0
+        measured = float(re.search(r"_accuracy\W+([0-9.]+)", out)[1])
+        assert measured == pytest.approx(accuracy, abs=1e-4)
+
+    status, out, err = run("predict", "--ckpt_path", rows["checkpoint"])
+    assert status == 0, err
+    with open(table_of(out)["predictions"]) as file:
+        predicted = [int(row["label"]) for row in csv.DictReader(file)]
+    right = [a == b for a, b in zip(predicted, Digits().test().targets, strict=True)]
+    assert sum(right) / 500 == pytest.approx(accuracy, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +101,7 @@ def test_a_checkpoint_can_be_validated_tested_and_asked(run):
         (["--data", "Nonsense"], "`data` is 'Nonsense'"),
         (["--data.ipc", "ten"], "`data.ipc`: Expected a <class 'int'>. Got value: ten"),
         (["--data.nonsense", "1"], "Option 'nonsense' is not accepted"),
+        (["--data.train_on", "distiled"], "`data.train_on`"),
         (["--trainer.max_steps", "x"], "`trainer.max_steps`: Expected a <class 'int'>. Got value: x"),
         (["--config", "nope.yaml"], "nope.yaml"),
     ],

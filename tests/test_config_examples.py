@@ -26,7 +26,9 @@ def test_an_example_runs(run, name):  # noqa: F811
     assert status == 0, err
     assert "on real test images" in out
     if name == "teacher_digits.yaml":
-        status, _, err = run("fit", *short, "--data.train_on", "random", "--matching.teacher", "teachers/digits.ckpt")
+        status, _, err = run(
+            "fit", *short, "--data.train_on", "random", "--matching.teacher", "teachers/digits/last.ckpt"
+        )
         assert status == 0, err
 
 

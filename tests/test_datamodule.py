@@ -34,14 +34,11 @@ def test_batches_are_distilled_images_augmented_and_normalised(squares):
 
 def test_without_crop_and_flip_the_distilled_pixels_come_back(squares):
     data = D4MDataModule(squares, crop_scale=(1.0, 1.0), flip=False, **RECIPE)
-    found = {tuple(image.flatten().tolist()) for image in data.distilled.images}
-    for images, _ in data.train_dataloader():
-        for image in (data.to_unit_range(images) * 255).round().to(torch.uint8):
-            # An aspect ratio may still crop; where it does not, the pixels are exactly those stored.
-            pixels = tuple(image.flatten().tolist())
-            if pixels in found:
-                found.remove(pixels)
-    assert len(found) < len(data.distilled)
+    ((images, labels),) = data.train_dataloader()
+    pixels = (data.to_unit_range(images) * 255).round().to(torch.uint8)
+    found = {(label, *image.flatten().tolist()) for image, label in zip(pixels, labels.tolist(), strict=True)}
+    stored = zip(data.distilled.images, data.distilled.targets, strict=True)
+    assert found == {(label, *image.flatten().tolist()) for image, label in stored}
 
 
 def test_validation_and_test_are_the_real_test_images(squares):
@@ -99,6 +96,7 @@ def test_a_set_of_other_classes_is_refused_at_once(squares, tmp_path):
     ("options", "says"),
     [
         ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"train_on": "distiled"}, "`train_on` is 'distiled'"),
         ({"crop_scale": (0.5, 0.1)}, "`crop_scale` is (0.5, 0.1)"),
         ({"crop_scale": (0.0, 1.0)}, "`crop_scale`"),
         ({"ipc": 0}, "`ipc` is 0"),

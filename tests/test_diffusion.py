@@ -83,20 +83,13 @@ def test_decoded_images_are_resized_on_request(random_model):
     assert resized.dtype == torch.uint8
 
 
-def test_a_prompt_is_encoded_once(random_model, monkeypatch):
-    encoded = []
-    encode = random_model.pipeline.encode_prompt
-    monkeypatch.setattr(
-        random_model.pipeline, "encode_prompt", lambda **options: encoded.append(options["prompt"]) or encode(**options)
-    )
-    random_model.encode_prompt.cache_clear()
-    # The pipeline's own call passes prompt=None here: the embeddings are given.
-    monkeypatch.setattr(
-        type(random_model.pipeline), "__call__", lambda self, **options: type("", (), {"images": options["image"]})
-    )
+def test_a_prompt_is_encoded_once(random_pipeline, monkeypatch):
+    model = LatentDiffusion(str(random_pipeline))
+    encoded, encode = [], model.encode_prompt
+    monkeypatch.setattr(model, "encode_prompt", lambda *prompt: encoded.append(prompt) or encode(*prompt))
     for _ in range(3):
-        random_model.denoise(LATENTS, PROMPTS, generators())
-    assert encoded == ["0", "1", "2"]
+        model.denoise(LATENTS, PROMPTS, generators(), num_inference_steps=2)
+    assert encoded == [("0", ""), ("1", ""), ("2", "")]
 
 
 def test_the_scheduler_can_be_chosen(random_pipeline):

@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import DatasetCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import d4m_plugin.distillation as distillation
 from d4m_plugin import DistilledDataset, InputError, Recipe, distill
+from d4m_plugin.preview import grid
 from tests.toys import Squares
 
 RECIPE = Recipe(ipc=4, prototypes=2, num_inference_steps=4)
@@ -89,6 +91,31 @@ def test_a_finished_set_is_found_again(squares, monkeypatch):
     assert distill(squares, RECIPE).root == first.root
 
 
+def test_distilling_leaves_the_random_state_alone(squares):
+    state = torch.get_rng_state()
+    distill(squares, RECIPE)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_card_says_how_to_load_and_what_is_inside(squares):
+    card = (distill(squares, RECIPE).root / "README.md").read_text(encoding="utf-8")
+    assert 'load_dataset("path/to/this/folder", "ipc-4", split="train")' in card
+    data = DatasetCard(card).data.to_dict()
+    assert data["size_categories"] == ["n<1K"]
+    assert data["license"] == "unknown"
+    label = next(feature for feature in data["dataset_info"]["features"] if feature["name"] == "label")
+    assert label["dtype"]["class_label"]["names"] == {"0": "red", "1": "green / blue", "2": "ünï 🦆"}
+
+
+def test_an_error_of_reading_is_not_called_one_of_writing(squares, monkeypatch):
+    def broken(self, index):
+        raise OSError("broken image")
+
+    monkeypatch.setattr("tests.toys._Squares.__getitem__", broken)
+    with pytest.raises(OSError, match="broken image"):
+        distill(squares, RECIPE)
+
+
 def test_a_run_that_died_goes_on_and_gives_the_same_set(squares, tmp_path, monkeypatch):
     whole = distill(squares, RECIPE, output=tmp_path / "whole")
     monkeypatch.setattr(distillation, "BLOCK", 5)
@@ -119,7 +146,7 @@ def test_a_run_that_died_goes_on_and_gives_the_same_set(squares, tmp_path, monke
 
 def test_a_crash_while_putting_the_set_together_leaves_no_set(squares, tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device", "somewhere")
+        raise OSError(28, "No space left on device", str(tmp_path / "set.partial"))
 
     with monkeypatch.context() as patch:
         patch.setattr(distillation, "write_card", full)
@@ -137,7 +164,8 @@ def test_the_record_says_what_made_the_set(squares):
     assert metadata["source"]["fingerprint"] == squares.fingerprint
     for name, checksum in metadata["checksums"].items():
         assert hashlib.sha256((dataset.folder / name).read_bytes()).hexdigest() == checksum
-    assert "train-00000-of-00001.parquet" in metadata["checksums"]
+    files = {path.name for path in dataset.folder.iterdir()}
+    assert set(metadata["checksums"]) == files - {"d4m.json"}
 
 
 def test_weights_are_the_clusters_shares(squares):
@@ -159,6 +187,11 @@ def test_every_stage_can_be_called_alone(squares, random_model, tmp_path):
     (label, latents), *_ = distillation.encode(squares.train(), [1], random_model, resolution=16)
     assert (label, latents.shape) == (1, (6, 4, 8, 8))
     prototypes = distillation.cluster(latents, recipe.prototypes, seed=0)
+    save_file({"latents": latents}, tmp_path / "latents.safetensors")
+    grid([random_model.decode(load_file(tmp_path / "latents.safetensors")["latents"])], ["green / blue"]).save(
+        tmp_path / "latents.png"
+    )
+    grid([random_model.decode(prototypes.latents)], ["green / blue"]).save(tmp_path / "prototypes.png")
     images = distillation.synthesise([(1, 0), (1, 1)], {1: prototypes}, list(squares.classes), recipe, random_model)
     assert images["image"].shape == (2, 3, 16, 16)
 

@@ -11,11 +11,18 @@ def test_the_convnet_is_the_fields():
     assert sum(parameter.numel() for parameter in ConvNet(10).parameters()) == 320_010
 
 
-@pytest.mark.parametrize("name", ["convnet", "resnet18", "mobilenet_v2", "efficientnet_b0", "swin_t", "vit_b_16"])
+@pytest.mark.parametrize(
+    "name", ["convnet", "resnet18", "mobilenet_v2", "efficientnet_b0", "swin_t", "vit_b_16", "googlenet"]
+)
 def test_students_take_small_images(name):
     student = create_student(name, num_classes=7, image_size=32).eval()
     with torch.no_grad():
         assert student(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_a_student_that_an_image_is_too_small_for_is_named():
+    with pytest.raises(InputError, match="`student` is 'inception_v3', which cannot take images of 32 pixels"):
+        create_student("inception_v3", 7, 32)
 
 
 @pytest.mark.parametrize(("size", "edge"), [(32, 4), (64, 8), (224, 7)])

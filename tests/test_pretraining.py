@@ -57,13 +57,14 @@ def test_the_product_distils(pretrained):
 
 
 def test_any_class_name_is_told_from_any_other():
-    names = ["crane", "Ünïcode", "鶴", "🦆", "a/b", '"quoted", with commas', ""]
-    ids = tokenize(byte_tokenizer(), names)
-    assert ids.shape == (7, 77)
-    assert len({tuple(row.tolist()) for row in ids}) == 7
+    names = ["crane", "Ünïcode", "鶴", "🦆", "🐓", "a/b", '"quoted", with commas', "a", "A", ""]
     tokenizer = byte_tokenizer()
-    unknown = [row[1:-1].eq(tokenizer.unk_token_id).sum() - row[1:-1].eq(tokenizer.pad_token_id).sum() for row in ids]
-    assert all(count == 0 for count in unknown)
+    ids = tokenize(tokenizer, names)
+    assert ids.shape == (10, 77)
+    assert len({tuple(row.tolist()) for row in ids}) == 10
+    for name, row in zip(names, ids.tolist(), strict=True):
+        read = row[1 : row.index(tokenizer.eos_token_id)]
+        assert len(read) == len(name.replace(" ", "").encode())  # a token a byte, none unknown
 
 
 def test_a_name_longer_than_the_encoder_reads_is_cut():
@@ -76,5 +77,11 @@ def test_an_output_that_exists_is_named_before_any_work(tmp_path):
 
 
 def test_an_image_size_that_cannot_be_halved_is_named(tmp_path):
-    with pytest.raises(InputError, match="`image_size` is 18"):
+    with pytest.raises(InputError, match=r"`image_size` is 18.* multiple of 8"):
         pretrain(Squares(), tmp_path / "new", image_size=18)
+
+
+@pytest.mark.parametrize("options", [{"vae_channels": (10,)}, {"unet_channels": ()}, {"unet_steps": 0}], ids=str)
+def test_sizes_that_cannot_work_are_named(tmp_path, options):
+    with pytest.raises(InputError, match=f"`{next(iter(options))}` is"):
+        pretrain(Squares(), tmp_path / "new", **options)

@@ -55,8 +55,8 @@ def fit(module, matching, **options):
 
 @pytest.fixture
 def teacher():
-    torch.manual_seed(3)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
+    """Knows the squares by their mean colour."""
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return Teacher(network, Squares().classes, 16, Squares.mean, Squares.std)
 
 
@@ -197,6 +197,38 @@ def test_other_data_is_refused(teacher):
 
     with pytest.raises(InputError, match="needs a D4MDataModule as `data`; it is Other"):
         quiet_trainer(max_epochs=1, callbacks=[TeacherMatching(teacher)]).fit(Plain(), datamodule=Other())
+
+
+def test_a_step_without_batch_idx_is_tried_too(teacher):
+    class Short(CallsSubmodule):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    with pytest.raises(InputError, match=r"saw no logits of shape \(2, 3\)"):
+        fit(Short(), TeacherMatching(teacher))
+
+
+def test_layers_may_be_built_late(teacher):
+    class Late(CallsSubmodule):
+        def __init__(self):
+            super().__init__()
+            del self.model
+
+        def configure_model(self):
+            self.model = Plain().model
+
+    assert "matching_loss" in fit(Late(), TeacherMatching(teacher, student="model")).callback_metrics
+
+
+def test_a_teacher_at_chance_is_refused(teacher):
+    shuffled = Teacher(teacher.model, ["green / blue", "ünï 🦆", "red"], 16, Squares.mean, Squares.std)
+    with pytest.raises(InputError, match=r"`teacher` names 0% of 12 real test images .* no more than chance \(33%\)"):
+        fit(Plain(), TeacherMatching(shuffled))
+
+
+def test_an_unknown_mixing_is_refused():
+    with pytest.raises(InputError, match="`mixing` is 'mixup'; use cutmix or none"):
+        TeacherMatching(mixing="mixup")
 
 
 def test_a_temperature_of_zero_is_refused():

@@ -31,9 +31,9 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
         if self._enabled:
-            total = int(trainer.estimated_stepping_batches)
+            steps = trainer.estimated_stepping_batches
             self._bar = tqdm(
-                total=total,
+                total=None if steps == float("inf") else int(steps),
                 initial=trainer.global_step,
                 desc=self._description,
                 unit=" steps",

@@ -5,17 +5,19 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.errors import InputError
 from d4m_plugin.matching import cutmix, matching_loss
-from d4m_plugin.teachers import Teacher, load_teacher
+from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher
 
 
 class TeacherMatching(L.Callback):
@@ -35,8 +37,8 @@ class TeacherMatching(L.Callback):
             has to call `self(images)` in its training step.
 
     Raises:
-        InputError: where the teacher is unknown or has other classes, the data is not a D4MDataModule, the module
-            optimises manually, or no logits are seen.
+        InputError: where an option cannot work, the teacher is unknown, has other classes or is at chance on real
+            images, the data is not a D4MDataModule, the module optimises manually, or no logits are seen.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class TeacherMatching(L.Callback):
         mixing: Literal["cutmix", "none"] = "cutmix",
         student: str | None = None,
     ) -> None:
-        if temperature <= 0:
+        if mixing not in ("cutmix", "none"):
+            raise InputError(f"`mixing` is {mixing!r}; use cutmix or none.")
+        if not temperature > 0:
             raise InputError(f"`temperature` is {temperature}; it must be above 0.")
         self.teacher, self.temperature, self.mixing, self.student = teacher, temperature, mixing, student
         self._loaded: Teacher | None = None
@@ -64,10 +68,11 @@ class TeacherMatching(L.Callback):
                 f"{type(pl_module).__name__} has `automatic_optimization` set to False, so TeacherMatching cannot "
                 "replace its loss; use a module that returns its loss from `training_step`."
             )
-        logits_module = self._logits_module(pl_module)
-        self._check_that_logits_are_seen(pl_module, data)
+        if not (is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)):
+            self._check_that_logits_are_seen(pl_module, data)  # all its layers are there by now
         self._loaded = load_teacher(self.teacher, data.source)
-        self._wrap(pl_module, logits_module, self._loaded, data)
+        check_above_chance(self._loaded, data.source)
+        self._wrap(pl_module, self._loaded, data)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move the teacher to where the module is."""
@@ -95,13 +100,14 @@ class TeacherMatching(L.Callback):
 
     def _check_that_logits_are_seen(self, pl_module: L.LightningModule, data: D4MDataModule) -> None:
         """Run the step of a copy on two black images, so that a wrong `student` is known before any long work."""
-        images = torch.zeros(2, 3, data.image_size, data.image_size, device=pl_module.device)
-        labels = torch.zeros(2, dtype=torch.int64, device=pl_module.device)
+        batch = torch.zeros(2, 3, data.image_size, data.image_size), torch.zeros(2, dtype=torch.int64)
+        self._logits_module(pl_module)
         try:
-            with torch.no_grad(), torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
-                copied = copy.deepcopy(pl_module)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+                copied = copy.deepcopy(pl_module).cpu()
+                arguments = (batch, 0) if "batch_idx" in signature(copied.training_step).parameters else (batch,)
                 with _logits_of(self._logits_module(copied), (2, data.num_classes)) as seen:
-                    copied.training_step((images, labels), 0)
+                    copied.training_step(*arguments)
         except Exception:
             return  # a module that needs its trainer to make a step: if its step is wrong, training says so
         if not seen:
@@ -114,9 +120,7 @@ class TeacherMatching(L.Callback):
             f"{type(pl_module).__name__}; set `student` to the submodule that returns them."
         )
 
-    def _wrap(
-        self, pl_module: L.LightningModule, logits_module: nn.Module, teacher: Teacher, data: D4MDataModule
-    ) -> None:
+    def _wrap(self, pl_module: L.LightningModule, teacher: Teacher, data: D4MDataModule) -> None:
         own_step = pl_module.training_step
 
         @functools.wraps(own_step)
@@ -126,7 +130,7 @@ class TeacherMatching(L.Callback):
                 mixed = cutmix(images)
                 images, labels = mixed.images, mixed.labels(labels)
             shape = (len(images), data.num_classes)
-            with _logits_of(logits_module, shape) as seen:
+            with _logits_of(self._logits_module(pl_module), shape) as seen:
                 result = own_step((images, labels), *args, **kwargs)
             if not seen:
                 raise self._nothing_seen(pl_module, shape)

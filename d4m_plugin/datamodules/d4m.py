@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from d4m_plugin.distillation import distill
+from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
 from d4m_plugin.recipe import Recipe
@@ -29,7 +29,8 @@ class D4MDataModule(L.LightningDataModule):
     Args:
         source: the real dataset; scikit-learn's digits by default.
         train_on: `distilled`; `real`, all training images; or `random`, as many real images a class as `ipc` says.
-        batch_size: images a batch, at least 1.
+        batch_size: images a training batch, at least 1.
+        distill_batch_size: images that the diffusion model takes at once; less needs less memory.
         num_workers: processes that load and augment images.
         crop_scale: share of the image's area that a random crop covers, least and most.
         flip: mirror half of the training images; by default where the source says that it does no harm.
@@ -50,6 +51,7 @@ class D4MDataModule(L.LightningDataModule):
         source: Source | None = None,
         train_on: Literal["distilled", "real", "random"] = "distilled",
         batch_size: int = 100,
+        distill_batch_size: int = BLOCK,
         num_workers: int = 0,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: bool | None = None,
@@ -58,13 +60,16 @@ class D4MDataModule(L.LightningDataModule):
         **recipe: Any,
     ) -> None:
         super().__init__()
+        if train_on not in ("distilled", "real", "random"):
+            raise InputError(f"`train_on` is {train_on!r}; use distilled, real or random.")
         if batch_size < 1:
             raise InputError(f"`batch_size` is {batch_size}; it must be at least 1.")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise InputError(f"`crop_scale` is {crop_scale}; it must be two shares in (0, 1], the smaller first.")
         self.source = source or Digits()
         self.recipe = Recipe(**recipe)
-        self.train_on, self.batch_size, self.num_workers = train_on, batch_size, num_workers
+        self.train_on, self.num_workers = train_on, num_workers
+        self.batch_size, self.distill_batch_size = batch_size, distill_batch_size
         self.crop_scale, self.cache_dir = crop_scale, cache_dir
         self.flip = self.source.flip if flip is None else flip
         self.num_classes = len(self.source.classes)
@@ -81,7 +86,11 @@ class D4MDataModule(L.LightningDataModule):
     def distilled(self) -> DistilledDataset:
         """The distilled set: the one named, else one made or found when first asked for."""
         return self._named_set or distill(
-            self.source, self.recipe, cache_dir=self.cache_dir, num_workers=self.num_workers
+            self.source,
+            self.recipe,
+            cache_dir=self.cache_dir,
+            batch_size=self.distill_batch_size,
+            num_workers=self.num_workers,
         )
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
 
@@ -17,11 +18,11 @@ def create_student(name: str, num_classes: int, image_size: int) -> nn.Module:
     Args:
         name: `convnet`, or a classifier of torchvision such as `resnet18`.
         num_classes: size of the output.
-        image_size: edge in pixels of the input. Up to 64, a torchvision model whose stem shrinks the image gets
-            one that keeps it: its first convolution with stride 1 (3x3 in ResNets) and no pooling after it.
+        image_size: edge in pixels of the input. Up to 64, a torchvision model whose first convolution shrinks the
+            image gets stride 1 there; a ResNet gets a 3x3 one with no pooling after it, as is usual for CIFAR.
 
     Raises:
-        InputError: where there is no such classifier.
+        InputError: where there is no such classifier, or its layers leave nothing of an image of that size.
     """
     if name == "convnet":
         return ConvNet(num_classes, image_size)
@@ -30,10 +31,22 @@ def create_student(name: str, num_classes: int, image_size: int) -> nn.Module:
     options: dict[str, Any] = {"num_classes": num_classes}
     if name.startswith("vit_"):
         options["image_size"] = image_size
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
     student: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     if image_size <= SMALL_IMAGE:
         _keep_small_images(student)
+        _check_it_takes(student, name, image_size)
     return student
+
+
+def _check_it_takes(student: nn.Module, name: str, image_size: int) -> None:
+    try:
+        with torch.no_grad():
+            student.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(f"`student` is {name!r}, which cannot take images of {image_size} pixels: {error}") from error
+    student.train()
 
 
 def _keep_small_images(student: nn.Module) -> None:

@@ -25,9 +25,10 @@ class Source(ABC):
     Attributes:
         classes: the name of each class in the order of the labels; what the prompts say.
         image_size: edge in pixels of the square images that students see.
-        mean, std: of the training pixels in [0, 1], by channel; what students' input is normalised by.
+        mean, std: what students' input, in [0, 1], is normalised by, by channel; ImageNet's by default.
         flip: whether a mirrored image is still one of its class.
         diffusion: the latent diffusion model that suits the images.
+        license: of the images, by the Hub's name for it.
         teacher: the teacher that `auto` stands for, where there is one.
     """
 
@@ -37,6 +38,7 @@ class Source(ABC):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     flip: bool = True
     diffusion: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    license: str = "unknown"
     teacher: str | None = None
 
     @property

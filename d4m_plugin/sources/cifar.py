@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import torchvision
@@ -37,7 +37,6 @@ class CIFAR10(Source):
 
     def __init__(self, root: str | Path = "data", download: bool = False) -> None:
         self.root, self.download = Path(root), download
-        self._split = cache(self._open)
 
     def _open(self, train: bool) -> torchvision.datasets.CIFAR10:
         try:
@@ -48,17 +47,20 @@ class CIFAR10(Source):
             ) from error
 
     @cached_property
+    def _train(self) -> torchvision.datasets.CIFAR10:
+        return self._open(train=True)
+
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of the training images and labels."""
-        train = self._split(True)
-        return hashlib.sha256(train.data.tobytes() + bytes(train.targets)).hexdigest()
+        return hashlib.sha256(self._train.data.tobytes() + bytes(self._train.targets)).hexdigest()
 
     def train(self) -> LabelledImages:
         """Return the 50,000 training images."""
-        train: LabelledImages = self._split(True)
+        train: LabelledImages = self._train
         return train
 
     def test(self) -> LabelledImages:
         """Return the 10,000 test images."""
-        test: LabelledImages = self._split(False)
+        test: LabelledImages = self._open(train=False)
         return test

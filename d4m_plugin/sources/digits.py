@@ -37,6 +37,7 @@ class Digits(Source):
     classes: Sequence[str] = tuple("0123456789")
     image_size = 32
     flip = False
+    license = "cc-by-4.0"
     diffusion = "digits"
     teacher = "digits"
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import torchvision
@@ -27,14 +27,17 @@ class ImageFolder(Source):
         if not (self.root / "train").is_dir() or not tests:
             raise InputError(f"`root` is {str(self.root)!r}, which needs the folders train and one of val, test.")
         self._test_folder = self.root / tests[0]
-        self._open = cache(self._open_folder)
         self.classes = self._names()
+
+    @cached_property
+    def _train(self) -> torchvision.datasets.ImageFolder:
+        return self._open(self.root / "train")
 
     def _names(self) -> Sequence[str]:
         folders = sorted(path.name for path in (self.root / "train").iterdir() if path.is_dir())
         return [folder.replace("_", " ") for folder in folders]
 
-    def _open_folder(self, folder: Path) -> torchvision.datasets.ImageFolder:
+    def _open(self, folder: Path) -> torchvision.datasets.ImageFolder:
         try:
             return torchvision.datasets.ImageFolder(folder)
         except FileNotFoundError as error:
@@ -44,18 +47,25 @@ class ImageFolder(Source):
     def fingerprint(self) -> str:
         """A hash of the training images' paths and sizes: reading every file would take too long."""
         digest = hashlib.sha256()
-        for path, _ in self._open(self.root / "train").samples:
+        for path, _ in self._train.samples:
             digest.update(f"{Path(path).relative_to(self.root)}\0{Path(path).stat().st_size}\0".encode())
         return digest.hexdigest()
 
     def train(self) -> LabelledImages:
         """Return the images under train."""
-        train: LabelledImages = self._open(self.root / "train")
+        train: LabelledImages = self._train
         return train
 
     def test(self) -> LabelledImages:
         """Return the images under val, validation or test."""
-        test: LabelledImages = self._open(self._test_folder)
+        images = self._open(self._test_folder)
+        if images.classes != self._train.classes:  # labels are the folders' numbers
+            unlike = sorted(set(images.classes) ^ set(self._train.classes))
+            raise InputError(
+                f"`root` is {str(self.root)!r}, whose train and {self._test_folder.name} differ in the class folders "
+                f"{', '.join(unlike[:3])}; they need the same ones."
+            )
+        test: LabelledImages = images
         return test
 
 
