@@ -16,7 +16,7 @@ TEXT = """
 ```python
 from datasets import load_dataset
 
-load_dataset("{folder}", "{config}", split="train")
+load_dataset("path/to/this/folder", "{config}", split="train")
 ```
 
 ## Recipe

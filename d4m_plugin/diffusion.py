@@ -73,7 +73,7 @@ class LatentDiffusion:
             posterior = vae.encode((pixels.to(self.device) / 127.5 - 1).to(vae.dtype)).latent_dist
         shift = vae.config.get("shift_factor") or 0.0
         latents: Tensor = (posterior.mean.float() - shift) * vae.config.scaling_factor
-        return latents.cpu()
+        return latents.cpu().contiguous()
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ class LatentDiffusion:
                 output_type="latent",
                 **arguments,
             )
-        denoised: Tensor = output.images.float().cpu()
+        denoised: Tensor = output.images.float().cpu().contiguous()
         return denoised
 
     @torch.inference_mode()

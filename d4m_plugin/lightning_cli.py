@@ -17,7 +17,7 @@ from d4m_plugin.cli import OneSentenceErrors, table
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import trainer_precision
 
-DEFAULT_STEPS = 1000
+DEFAULT_STEPS = 500
 
 
 class Parser(OneSentenceErrors, LightningArgumentParser):
@@ -52,9 +52,10 @@ class D4MCLI(LightningCLI):
         options = self._get(self.config_init, "trainer", {})
         if options["max_steps"] == -1 and options["max_epochs"] is None and options["max_time"] is None:
             kwargs["max_steps"] = DEFAULT_STEPS
-        if options["val_check_interval"] is None and options["check_val_every_n_epoch"] == 1:
-            # An epoch of a distilled set may be one step: validate by steps.
-            kwargs |= {"val_check_interval": DEFAULT_STEPS // 4, "check_val_every_n_epoch": None}
+        if options["check_val_every_n_epoch"] == 1 and not isinstance(options["val_check_interval"], float):
+            # An epoch of a distilled set may be one step: count an interval across epochs.
+            interval = options["val_check_interval"] or DEFAULT_STEPS // 2
+            kwargs |= {"val_check_interval": interval, "check_val_every_n_epoch": None}
         callbacks = options["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)

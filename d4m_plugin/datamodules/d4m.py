@@ -151,7 +151,7 @@ class D4MDataModule(L.LightningDataModule):
     def _loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Any]:
         return DataLoader(
             dataset,
-            self.batch_size,
+            batch_size=self.batch_size,  # by name: Lightning makes predict's loader anew from the arguments
             shuffle=shuffle,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
