@@ -16,16 +16,25 @@ def resolve_cache_dir(cache_dir: str | Path | None = None) -> Path:
     """
     default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/d4m"
     folder = Path(cache_dir or os.environ.get("D4M_CACHE") or default).expanduser().resolve()
+    make_writable(folder, "cache_dir")
+    return folder
+
+
+def make_writable(folder: Path, option: str) -> None:
+    """Make a folder where it is not there, and try to write in it.
+
+    Raises:
+        InputError: where that fails; it names the option that the folder comes from.
+    """
+    probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / f".writable-{os.getpid()}") as probe:
-            probe.touch()
-        (folder / f".writable-{os.getpid()}").unlink()
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise InputError(
-            f"`cache_dir` is {str(folder)!r}, which cannot be written ({error.strerror}); name another folder."
+            f"`{option}` is {str(folder)!r}, which cannot be written ({error.strerror}); name another folder."
         ) from error
-    return folder
 
 
 @contextmanager

@@ -6,6 +6,7 @@ folder appears by one rename.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from d4m_plugin.cache import resolve_cache_dir, written_whole
+from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
 from d4m_plugin.card import write_card
 from d4m_plugin.diffusion import LatentDiffusion, find_model
 from d4m_plugin.distilled import FORMAT, PARQUET, DistilledDataset, checksums, write_parquet
@@ -36,6 +37,7 @@ from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Digits, LabelledImages, Source
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 BLOCK = 50  # images a unit of synthesis; fixed, so that the units do not depend on the batch size
 
 
@@ -68,12 +70,13 @@ def distill(
     fingerprint = set_fingerprint(source, resolved)
     if output:
         folder = Path(output).resolve()
+        make_writable(folder.parent, "output")
     else:
         name = f"{source.name}-{resolved.config_name}-{fingerprint}"
         folder = resolve_cache_dir(cache_dir) / "sets" / name
+        folder.parent.mkdir(exist_ok=True)
     work = folder.with_name(f"{folder.name}.partial")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{folder}.lock")
         with lock, torch.random.fork_rng(devices=[]):  # so that training goes on alike from a set made or found
             if not folder.exists():
@@ -82,10 +85,10 @@ def distill(
                 shutil.rmtree(work)
         Path(lock.lock_file).unlink(missing_ok=True)
     except OSError as error:
-        if not str(error.filename).startswith(str(folder.parent)):
+        if error.errno not in DISK_ERRORS:
             raise
         raise InputError(
-            f"{str(error.filename)!r} cannot be written ({error.strerror}); name another folder."
+            f"{str(folder)!r} could not be written ({error.strerror}); what is done is kept: make room and start again."
         ) from error
     dataset = DistilledDataset(folder)
     if dataset.metadata["fingerprint"] != fingerprint:

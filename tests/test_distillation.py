@@ -146,7 +146,7 @@ def test_a_run_that_died_goes_on_and_gives_the_same_set(squares, tmp_path, monke
 
 def test_a_crash_while_putting_the_set_together_leaves_no_set(squares, tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device", str(tmp_path / "set.partial"))
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(distillation, "write_card", full)
@@ -227,6 +227,8 @@ def test_a_cache_that_cannot_be_written_is_named_before_any_work(squares, tmp_pa
     monkeypatch.setattr(distillation, "LatentDiffusion", None)
     with pytest.raises(InputError, match=r"`cache_dir` is .* cannot be written"):
         distill(squares, RECIPE, cache_dir=tmp_path / "file" / "cache")
+    with pytest.raises(InputError, match=r"`output` is .* cannot be written"):
+        distill(squares, RECIPE, output=tmp_path / "file" / "set")
 
 
 def test_another_model_in_the_same_folder_is_another_set(squares, tmp_path):
