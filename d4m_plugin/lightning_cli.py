@@ -2,6 +2,7 @@
 
 import csv
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from d4m_plugin.devices import trainer_precision
 
 DEFAULT_STEPS = 500
 
+# Warnings that our defaults cause, or Lightning 2.6 beside torch 2.14: nothing that a user could act on.
+BESIDE_THE_POINT = (
+    "Starting from v1.9.0, `tensorboardX` has been removed",
+    "Precision bf16-mixed is not supported by the model summary",
+    "The number of training batches .* is smaller than the logging interval",  # an epoch may be one step
+    ".*isinstance\\(treespec, LeafSpec\\)",
+)
+
 
 class Parser(OneSentenceErrors, LightningArgumentParser):
     """LightningCLI's, with our errors."""
@@ -28,6 +37,8 @@ class D4MCLI(LightningCLI):
     """LightningCLI whose model, data, teacher and training have defaults, so that `fit` alone runs whole."""
 
     def __init__(self) -> None:
+        for message in BESIDE_THE_POINT:
+            warnings.filterwarnings("ignore", message)
         super().__init__(
             trainer_defaults={"precision": trainer_precision(), "log_every_n_steps": 20},
             seed_everything_default=0,
@@ -72,8 +83,8 @@ class D4MCLI(LightningCLI):
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath:
             # Lightning's own are of the last validation; what is measured here is of the last step.
             rows["checkpoint"] = Path(checkpoint.dirpath) / "last.ckpt"
-            self.trainer.save_checkpoint(rows["checkpoint"])
-        if is_overridden("test_step", self.model):
+            self.trainer.save_checkpoint(rows["checkpoint"], weights_only=False)
+        if isinstance(self.datamodule, D4MDataModule) and is_overridden("test_step", self.model):
             (metrics,) = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             rows = {_row_name(name): _shown(name, value) for name, value in metrics.items()} | rows
         if self.trainer.is_global_zero:
