@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -37,6 +38,7 @@ from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Digits, LabelledImages, Source
 
+VERSIONS = ("d4m-plugin", "torch", "diffusers", "transformers", "scikit-learn")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 BLOCK = 50  # images a unit of synthesis; fixed, so that the units do not depend on the batch size
 
@@ -305,9 +307,8 @@ def _assemble(
 
     files = [_block_file(work, number) for number in range(math.ceil(len(classes) * recipe.ipc / BLOCK))]
     write_parquet(folder / PARQUET, classes, map(load_file, files))
-    shown = MAX_ROWS * recipe.ipc
-    images = torch.cat([load_file(file)["image"] for file in files[: math.ceil(shown / BLOCK)]])
-    grid(images[:shown].split(recipe.ipc), classes).save(folder / "preview.png")
+    shown = [_first_images(work, label, recipe.ipc) for label in range(min(len(classes), MAX_ROWS))]
+    grid(shown, classes).save(folder / "preview.png")
 
     metadata = {
         "format": FORMAT,
@@ -327,7 +328,13 @@ def _assemble(
     write_card(work / "set", recipe.config_name, metadata)
 
 
-VERSIONS = ("d4m-plugin", "torch", "diffusers", "transformers", "scikit-learn")
+def _first_images(work: Path, label: int, ipc: int) -> Tensor:
+    """Return as many images of a class as a preview shows."""
+    images = []
+    for position in range(label * ipc, label * ipc + min(ipc, MAX_COLUMNS)):
+        with safe_open(_block_file(work, position // BLOCK), "pt") as block:
+            images.append(block.get_slice("image")[position % BLOCK])
+    return torch.stack(images)
 
 
 def _class_file(work: Path, label: int) -> Path:

@@ -168,6 +168,12 @@ def test_the_record_says_what_made_the_set(squares):
     assert set(metadata["checksums"]) == files - {"d4m.json"}
 
 
+def test_the_preview_shows_each_class_in_its_row(squares, monkeypatch):
+    monkeypatch.setattr(distillation, "BLOCK", 5)  # a class's images lie in two blocks
+    dataset = distill(squares, RECIPE)
+    assert Image.open(dataset.preview).tobytes() == grid(dataset.images.split(4), dataset.classes).tobytes()
+
+
 def test_weights_are_the_clusters_shares(squares):
     dataset = distill(squares, RECIPE)
     saved = load_file(dataset.folder / "prototypes.safetensors")
