@@ -4,7 +4,6 @@
 Libraries are imported by the command that needs them, so that help is quick.
 """
 
-import inspect
 import os
 import re
 import sys
@@ -76,7 +75,12 @@ def _help() -> str:
 def _to_the_user(run: Callable[[], None]) -> None:
     try:
         run()
+    except KeyboardInterrupt:
+        print("\nStopped. What is distilled so far is kept: the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
+        if type(error).__name__ == "MisconfigurationException":  # Lightning's for options that cannot work
+            _fail(str(error))
         cause = _input_error(error)
         if cause is None:
             raise
@@ -131,7 +135,8 @@ def one_sentence(message: str) -> str:
 def _source_names() -> list[str]:
     from d4m_plugin import sources
 
-    return [name for name in sources.__all__ if not inspect.isabstract(getattr(sources, name))]
+    offered = {name: getattr(sources, name) for name in sources.__all__}
+    return [name for name, kind in offered.items() if issubclass(kind, sources.Source) and kind is not sources.Source]
 
 
 def _call(command: str, args: list[str]) -> None:

@@ -81,7 +81,7 @@ def distill(
     try:
         lock = FileLock(f"{folder}.lock")
         with lock, torch.random.fork_rng(devices=[]):  # so that training goes on alike from a set made or found
-            if not folder.exists():
+            if not folder.exists() or not any(folder.iterdir()):
                 _distil_into(work / fingerprint, fingerprint, source, resolved, batch_size, num_workers)
                 (work / fingerprint / "set").replace(folder)
                 shutil.rmtree(work)
@@ -112,6 +112,10 @@ def set_fingerprint(source: Source, recipe: ResolvedRecipe) -> str:
 
 
 def _check_classes(source: Source, recipe: ResolvedRecipe) -> None:
+    names = list(source.classes)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{source.name} has two classes named {twice!r}; give each a name of its own.")
     counts = torch.tensor(source.train().targets).bincount(minlength=len(source.classes))
     smallest = int(counts.argmin())
     if counts[smallest] < recipe.prototypes:

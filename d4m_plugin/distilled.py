@@ -61,7 +61,10 @@ class DistilledDataset(VisionDataset):
         self.metadata = _read_metadata(self.folder)
         self.recipe: dict[str, Any] = self.metadata["recipe"]
         self.classes: list[str] = self.metadata["source"]["classes"]
-        table = pq.read_table(self.folder / PARQUET)
+        try:
+            table = pq.read_table(self.folder / PARQUET)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{str(self.folder / PARQUET)!r} is missing or damaged ({error}).") from error
         self.targets: list[int] = table["label"].to_pylist()
         self.weights = torch.tensor(table["weight"].to_pylist(), dtype=torch.float32)
         encoded = table["image"].to_pylist()
@@ -98,7 +101,10 @@ def _find_config(root: Path, config: str | None) -> Path:
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
-    metadata: dict[str, Any] = json.loads((folder / "d4m.json").read_text(encoding="utf-8"))
+    try:
+        metadata: dict[str, Any] = json.loads((folder / "d4m.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{str(folder / 'd4m.json')!r} is damaged ({error}); distil or fetch the set anew.") from error
     if metadata.get("format") != FORMAT:
         raise InputError(
             f"{str(folder)!r} is of format {metadata.get('format')!r}, not {FORMAT}; use the d4m-plugin that wrote it."

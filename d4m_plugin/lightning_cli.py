@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from d4m_plugin.callbacks import RunProgress, TeacherMatching
 from d4m_plugin.cli import OneSentenceErrors, table
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import trainer_precision
+from d4m_plugin.models.classifier import ImageClassifier
 
 DEFAULT_STEPS = 500
 
@@ -84,31 +86,47 @@ class D4MCLI(LightningCLI):
             # Lightning's own are of the last validation; what is measured here is of the last step.
             rows["checkpoint"] = Path(checkpoint.dirpath) / "last.ckpt"
             self.trainer.save_checkpoint(rows["checkpoint"], weights_only=False)
-        if isinstance(self.datamodule, D4MDataModule) and is_overridden("test_step", self.model):
-            (metrics,) = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-            rows = {_row_name(name): _shown(name, value) for name, value in metrics.items()} | rows
-        if self.trainer.is_global_zero:
-            print(f"\n{table(rows | self._what_next())}")
+        rows = self._measured() | rows | self._what_next(rows.get("checkpoint"))
+        if self.trainer.is_global_zero and rows:
+            print(f"\n{table(rows)}")
 
-    def _what_next(self) -> dict[str, Any]:
-        data = self.datamodule
-        if not isinstance(data, D4MDataModule) or data.train_on != "distilled":
+    def _measured(self) -> dict[str, Any]:
+        """Return what the module itself logs of the real test images: all sources validate on them too."""
+        if not isinstance(self.datamodule, D4MDataModule):
             return {}
-        again = f"lightning fit --config {self.trainer.log_dir}/config.yaml"
-        return {
-            "distilled set": data.distilled.root,
-            "preview": data.distilled.preview,
-            "next": f"{again} --data.train_on random --data.ipc {data.distilled.recipe['ipc']}",
-            "": "(the same training on as many real images: is the distilled set better?)",
-        }
+        if is_overridden("test_step", self.model):
+            (metrics,) = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        elif is_overridden("validation_step", self.model):
+            (metrics,) = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        else:
+            return {}
+        return {_row_name(name): _shown(name, value) for name, value in metrics.items()}
+
+    def _what_next(self, checkpoint: Path | None) -> dict[str, Any]:
+        data, log_dir = self.datamodule, self.trainer.log_dir  # read by every rank: it is broadcast
+        if not isinstance(data, D4MDataModule):
+            return {}
+        again = f"lightning fit --config {shlex.quote(f'{log_dir}/config.yaml')}"
+        if data.train_on == "distilled":
+            return {
+                "distilled set": data.distilled.root,
+                "preview": data.distilled.preview,
+                "next": f"{again} --data.train_on random --data.ipc {data.distilled.recipe['ipc']}",
+                "": "(the same training on as many real images: is the distilled set better?)",
+            }
+        if data.train_on == "real" and checkpoint and isinstance(self.model, ImageClassifier):
+            teacher = shlex.quote(str(checkpoint))
+            return {"as a teacher": f"{again} --data.train_on distilled --matching.teacher {teacher}"}
+        return {}
 
     def predict(self, **kwargs: Any) -> None:
         """Write the label predicted of each real test image to predictions.csv in the log folder."""
         predicted: Any = self.trainer.predict(**kwargs)
+        log_dir = Path(self.trainer.log_dir or ".")  # read by every rank: it is broadcast
         are_labels = predicted and all(isinstance(batch, Tensor) and batch.ndim == 1 for batch in predicted)
         if not are_labels or not isinstance(self.datamodule, D4MDataModule) or not self.trainer.is_global_zero:
             return
-        path = Path(self.trainer.log_dir or ".") / "predictions.csv"
+        path = log_dir / "predictions.csv"
         names, labels = self.datamodule.source.classes, torch.cat(predicted).tolist()
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -118,7 +136,7 @@ class D4MCLI(LightningCLI):
 
 
 def _row_name(metric: str) -> str:
-    return f"{re.sub('^test[_/]', '', metric)} on real test images"
+    return f"{re.sub('^(test|val)[_/]', '', metric)} on real test images"
 
 
 def _shown(metric: str, value: float) -> str:

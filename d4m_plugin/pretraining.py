@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchvision.transforms import v2
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
+from d4m_plugin.cache import make_writable
 from d4m_plugin.callbacks import RunProgress
 from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
 from d4m_plugin.errors import InputError
@@ -222,8 +223,12 @@ def pretrain(
     for name, value in (("vae_steps", vae_steps), ("unet_steps", unet_steps), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"`{name}` is {value}; it must be at least 1.")
+    for name, rate in (("vae_lr", vae_lr), ("unet_lr", unet_lr)):
+        if not rate > 0:
+            raise InputError(f"`{name}` is {rate}; it must be above 0.")
     if output.exists():
         raise InputError(f"`output` is {str(output)!r}, which exists; name a new folder or remove it.")
+    make_writable(output.resolve().parent, "output")
 
     L.seed_everything(seed)
     images, labels = _images(source, image_size)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -120,7 +120,7 @@ def _open(teacher: str, source: Source) -> Teacher:
     if path.is_file() and path.suffix in (".ckpt", ".safetensors"):
         return _read_checkpoint(path) if path.suffix == ".ckpt" else _read_safetensors(path)
     raise InputError(
-        f"`teacher` is {teacher!r}, which is neither auto, torchvision:NAME, nor a .ckpt or .safetensors file."
+        f"`teacher` is {teacher!r}, neither auto, torchvision:NAME, nor an existing .ckpt or .safetensors file."
     )
 
 
@@ -131,7 +131,10 @@ def _from_torchvision(name: str) -> Teacher:
         raise InputError(f"`teacher` is 'torchvision:{name}', which torchvision does not have; see its list_models().")
     weights = torchvision.models.get_model_weights(name).DEFAULT
     transform = weights.transforms()
-    model = torchvision.models.get_model(name, weights=weights)
+    try:
+        model = torchvision.models.get_model(name, weights=weights)
+    except OSError as error:
+        raise InputError(f"`teacher` is 'torchvision:{name}', whose weights cannot be fetched: {error}") from error
     return Teacher(model, weights.meta["categories"], transform.crop_size[0], transform.mean, transform.std)
 
 
@@ -140,8 +143,11 @@ def _read_checkpoint(path: Path) -> Teacher:
 
 
 def _read_safetensors(path: Path) -> Teacher:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"`teacher` is {str(path)!r}, which is no safetensors file: {error}") from error
     if "student" not in metadata:
         raise InputError(f"`teacher` is {str(path)!r}, which was not written by `save_teacher`.")
     return _build(json.loads(metadata["student"]), json.loads(metadata["data"]), load_file(path))
@@ -156,11 +162,11 @@ def save_teacher(checkpoint: Path, output: Path) -> None:
 
 def _student_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """Return the arguments of `create_student`, what the data module recorded, and the weights."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         student = {name: checkpoint["hyper_parameters"][name] for name in ("student", "num_classes", "image_size")}
         data = checkpoint["D4MDataModule"]
-    except KeyError as error:
+    except Exception as error:  # torch and pickle raise all kinds for a file that is something else
         raise InputError(
             f"`teacher` is {str(path)!r}, which is no checkpoint of an ImageClassifier trained with D4MDataModule."
         ) from error
@@ -184,10 +190,8 @@ def check_above_chance(teacher: Teacher, source: Source) -> None:
     """
     images = source.test()
     chosen = torch.randperm(len(images), generator=generator_of(0))[:CHANCE_SAMPLE].tolist()
-    size = teacher.image_size
-    transform = v2.Compose(
-        [v2.Resize(size), v2.CenterCrop(size), v2.RGB(), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
-    )
+    resize = [v2.Resize(teacher.image_size), v2.CenterCrop(teacher.image_size), v2.RGB(), v2.PILToTensor()]
+    transform = v2.Compose([*resize, v2.ToDtype(torch.float32, scale=True)])
     pixels = torch.stack([transform(images[index][0]) for index in chosen])
     labels = torch.tensor([images.targets[index] for index in chosen])
     accuracy = (teacher(pixels).argmax(1) == labels).float().mean().item()
@@ -195,5 +199,6 @@ def check_above_chance(teacher: Teacher, source: Source) -> None:
     if accuracy < chance + 3 * math.sqrt(chance * (1 - chance) / len(chosen)):
         raise InputError(
             f"`teacher` names {accuracy:.0%} of {len(chosen)} real test images of {source.name} rightly, no more than "
-            f"chance ({chance:.0%}); the order of its classes or its normalisation is not what it was trained with."
+            f"chance ({chance:.0%}); it has learnt too little, or the order of its classes or its normalisation is not "
+            "what it was trained with."
         )

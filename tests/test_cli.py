@@ -102,6 +102,7 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
         (["--data.ipc", "ten"], "`data.ipc`: Expected a <class 'int'>. Got value: ten"),
         (["--data.nonsense", "1"], "Option 'nonsense' is not accepted"),
         (["--data.train_on", "distiled"], "`data.train_on`"),
+        (["--trainer.devices", "0"], "0"),
         (["--trainer.max_steps", "x"], "`trainer.max_steps`: Expected a <class 'int'>. Got value: x"),
         (["--config", "nope.yaml"], "nope.yaml"),
     ],

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import run  # noqa: F401  # a fixture
+from tests.test_cli import run, table_of  # noqa: F401  # run is a fixture
 
 EXAMPLES = Path(__file__).parent.parent / "config_examples"
 RUN_HERE = {"digits.yaml", "teacher_digits.yaml", "own_module.yaml"}
@@ -26,6 +26,7 @@ def test_an_example_runs(run, name):  # noqa: F811
     assert status == 0, err
     assert "on real test images" in out
     if name == "teacher_digits.yaml":
+        assert "teachers/digits/last.ckpt" in table_of(out)["as a teacher"]
         status, _, err = run(
             "fit", *short, "--data.train_on", "random", "--matching.teacher", "teachers/digits/last.ckpt"
         )

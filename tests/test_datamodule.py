@@ -1,3 +1,5 @@
+import signal
+
 import lightning as L
 import numpy as np
 import pytest
@@ -97,6 +99,8 @@ def test_a_set_of_other_classes_is_refused_at_once(squares, tmp_path):
     [
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"train_on": "distiled"}, "`train_on` is 'distiled'"),
+        ({"distill_batch_size": 0}, "`distill_batch_size` is 0"),
+        ({"num_workers": -1}, "`num_workers` is -1"),
         ({"crop_scale": (0.5, 0.1)}, "`crop_scale` is (0.5, 0.1)"),
         ({"crop_scale": (0.0, 1.0)}, "`crop_scale`"),
         ({"ipc": 0}, "`ipc` is 0"),
@@ -112,6 +116,27 @@ def test_a_random_subset_larger_than_a_class_is_refused(squares):
     data = D4MDataModule(squares, train_on="random", ipc=7)
     with pytest.raises(InputError, match="`ipc` is 7, but class 'red' has 6 images"):
         data.train_dataloader()
+
+
+def test_printing_does_not_distil(squares, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.datamodules.d4m.distill", None)
+    assert "squares" in str(D4MDataModule(squares))
+
+
+def test_sigterm_ends_distilling_and_is_lightnings_again_afterwards(squares, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    during = []
+    monkeypatch.setattr(
+        "d4m_plugin.datamodules.d4m.distill", lambda *_, **__: during.append(signal.getsignal(signal.SIGTERM))
+    )
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        _ = D4MDataModule(squares).distilled
+        assert during == [signal.SIG_DFL]
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_flip_follows_the_source():

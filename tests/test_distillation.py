@@ -222,6 +222,17 @@ def test_a_class_with_too_few_images_is_named(random_pipeline, squares):
         distill(squares, Recipe(ipc=10))
 
 
+def test_two_classes_of_one_name_are_refused_before_any_work(random_pipeline, monkeypatch):
+    monkeypatch.setattr(distillation, "LatentDiffusion", None)
+    with pytest.raises(InputError, match="squares has two classes named 'red'"):
+        distill(Squares(classes=("red", "blue", "red")), dataclasses.replace(RECIPE, diffusion=str(random_pipeline)))
+
+
+def test_an_empty_folder_can_be_the_output(squares, tmp_path):
+    (tmp_path / "set").mkdir()
+    assert len(distill(squares, RECIPE, output=tmp_path / "set")) == 12
+
+
 def test_a_folder_of_another_set_is_not_overwritten(squares, tmp_path):
     distill(squares, RECIPE, output=tmp_path / "set")
     with pytest.raises(InputError, match="another source or recipe"):
@@ -266,6 +277,15 @@ class TestDistilledDataset:
     def test_an_unknown_config_is_named(self, squares):
         with pytest.raises(InputError, match=r"`config` is 'ipc-9', but .* holds ipc-4"):
             DistilledDataset(distill(squares, RECIPE).root, "ipc-9")
+
+    def test_damaged_files_are_named(self, squares):
+        dataset = distill(squares, RECIPE)
+        (dataset.folder / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+        with pytest.raises(InputError, match=r"parquet' is missing or damaged"):
+            DistilledDataset(dataset.root)
+        (dataset.folder / "d4m.json").write_text('{"format"')
+        with pytest.raises(InputError, match=r"d4m.json' is damaged"):
+            DistilledDataset(dataset.root)
 
     def test_a_set_of_another_format_is_refused(self, squares):
         dataset = distill(squares, RECIPE)

@@ -36,6 +36,14 @@ def test_a_folder_without_splits_is_named(tmp_path, splits):
         ImageFolder(make_folder(tmp_path, **splits))
 
 
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_a_broken_image_is_named(tmp_path, content):
+    source = ImageFolder(make_folder(tmp_path, train=["a"], val=["a"]))
+    (tmp_path / "train" / "a" / "image.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"image.png' cannot be read as an image"):
+        source.train()[0]
+
+
 def test_other_images_have_another_fingerprint(tmp_path):
     before = ImageFolder(make_folder(tmp_path, train=["a"], val=["a"])).fingerprint
     assert before == ImageFolder(tmp_path).fingerprint

@@ -199,13 +199,20 @@ def test_other_data_is_refused(teacher):
         quiet_trainer(max_epochs=1, callbacks=[TeacherMatching(teacher)]).fit(Plain(), datamodule=Other())
 
 
-def test_a_step_without_batch_idx_is_tried_too(teacher):
-    class Short(CallsSubmodule):
-        def training_step(self, batch):
-            return super().training_step(batch, 0)
+class TakesNoIndex(CallsSubmodule):
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
 
+
+class TakesOtherNames(CallsSubmodule):
+    def training_step(self, b, i):
+        return super().training_step(b, i)
+
+
+@pytest.mark.parametrize("student", [TakesNoIndex, TakesOtherNames])
+def test_a_step_of_any_signature_is_tried_before(teacher, student):
     with pytest.raises(InputError, match=r"saw no logits of shape \(2, 3\)"):
-        fit(Short(), TeacherMatching(teacher))
+        fit(student(), TeacherMatching(teacher))
 
 
 def test_layers_may_be_built_late(teacher):

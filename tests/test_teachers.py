@@ -78,8 +78,8 @@ def test_a_checkpoint_of_real_training_is_a_teacher(checkpoint, tmp_path):
     ("name", "says"),
     [
         ("auto", "`teacher` is 'auto', but squares has none"),
-        ("nonsense", "`teacher` is 'nonsense', which is neither"),
-        ("missing.ckpt", "`teacher` is 'missing.ckpt', which is neither"),
+        ("nonsense", "`teacher` is 'nonsense', neither"),
+        ("missing.ckpt", "`teacher` is 'missing.ckpt', neither"),
         ("torchvision:resnet19", "`teacher` is 'torchvision:resnet19'"),
     ],
 )
@@ -91,5 +91,11 @@ def test_an_unknown_teacher_is_named(name, says):
 
 def test_a_checkpoint_of_something_else_is_named(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(InputError, match="no checkpoint of an ImageClassifier"):
-        load_teacher(tmp_path / "other.ckpt", Squares())
+    (tmp_path / "text.ckpt").write_text("hello")
+    (tmp_path / "empty.ckpt").touch()
+    for name in ("other.ckpt", "text.ckpt", "empty.ckpt"):
+        with pytest.raises(InputError, match=f"{name}', which is no checkpoint of an ImageClassifier"):
+            load_teacher(tmp_path / name, Squares())
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(InputError, match=r"text.safetensors', which is no safetensors file"):
+        load_teacher(tmp_path / "text.safetensors", Squares())

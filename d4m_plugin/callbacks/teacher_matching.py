@@ -5,13 +5,13 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from d4m_plugin.datamodules import D4MDataModule
@@ -105,7 +105,8 @@ class TeacherMatching(L.Callback):
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
                 copied = copy.deepcopy(pl_module).cpu()
-                arguments = (batch, 0) if "batch_idx" in signature(copied.training_step).parameters else (batch,)
+                takes_index = is_param_in_hook_signature(copied.training_step, "batch_idx", min_args=2)
+                arguments = (batch, 0) if takes_index else (batch,)
                 with _logits_of(self._logits_module(copied), (2, data.num_classes)) as seen:
                     copied.training_step(*arguments)
         except Exception:
@@ -117,7 +118,7 @@ class TeacherMatching(L.Callback):
         where = "the module itself" if self.student is None else repr(self.student)
         return InputError(
             f"TeacherMatching saw no logits of shape {shape} from {where} in the training step of "
-            f"{type(pl_module).__name__}; set `student` to the submodule that returns them."
+            f"{type(pl_module).__name__}; set `student` (`--matching.student`) to the submodule that returns them."
         )
 
     def _wrap(self, pl_module: L.LightningModule, teacher: Teacher, data: D4MDataModule) -> None:

@@ -1,6 +1,9 @@
 """The distilled set as the training data of any LightningModule, real images as its validation and test data."""
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -62,8 +65,15 @@ class D4MDataModule(L.LightningDataModule):
         super().__init__()
         if train_on not in ("distilled", "real", "random"):
             raise InputError(f"`train_on` is {train_on!r}; use distilled, real or random.")
-        if batch_size < 1:
-            raise InputError(f"`batch_size` is {batch_size}; it must be at least 1.")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("distill_batch_size", distill_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise InputError(f"`{name}` is {value}; it must be at least {least}.")
+        if not isinstance(source, Source | None):
+            raise InputError(f"`source` is {source!r}; it must be a Source, such as Digits().")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise InputError(f"`crop_scale` is {crop_scale}; it must be two shares in (0, 1], the smaller first.")
         self.source = source or Digits()
@@ -74,7 +84,7 @@ class D4MDataModule(L.LightningDataModule):
         self.flip = self.source.flip if flip is None else flip
         self.num_classes = len(self.source.classes)
         self.image_size = self.recipe.image_size or self.source.image_size
-        self._named_set = DistilledDataset(set_folder) if set_folder else None
+        self._named_set = DistilledDataset(Path(set_folder).resolve()) if set_folder else None
         if self._named_set and self._named_set.classes != list(self.source.classes):
             its, ours = _listed(self._named_set.classes), _listed(self.source.classes)
             raise InputError(
@@ -85,13 +95,16 @@ class D4MDataModule(L.LightningDataModule):
     @cached_property
     def distilled(self) -> DistilledDataset:
         """The distilled set: the one named, else one made or found when first asked for."""
-        return self._named_set or distill(
-            self.source,
-            self.recipe,
-            cache_dir=self.cache_dir,
-            batch_size=self.distill_batch_size,
-            num_workers=self.num_workers,
-        )
+        if self._named_set:
+            return self._named_set
+        with _ended_by_sigterm():
+            return distill(
+                self.source,
+                self.recipe,
+                cache_dir=self.cache_dir,
+                batch_size=self.distill_batch_size,
+                num_workers=self.num_workers,
+            )
 
     @cached_property
     def training_set(self) -> LabelledImages:
@@ -130,6 +143,10 @@ class D4MDataModule(L.LightningDataModule):
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
+
+    def __str__(self) -> str:
+        # Lightning's asks every loader for its size: printing would distil.
+        return f"D4MDataModule({self.source.name}, train_on={self.train_on!r}, {self.recipe})"
 
     def to_unit_range(self, images: Tensor) -> Tensor:
         """Return normalised images, shape (B, 3, H, W), in [0, 1] again."""
@@ -170,6 +187,19 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[index]
         return self.transform(image), label
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process, where Lightning would wait for the next training step: distilling resumes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    lightnings = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, lightnings)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -25,6 +25,8 @@ def create_student(name: str, num_classes: int, image_size: int) -> nn.Module:
         InputError: where there is no such classifier, or its layers leave nothing of an image of that size.
     """
     if name == "convnet":
+        if image_size < 8:
+            raise InputError(f"`image_size` is {image_size}; a convnet, which halves it three times, needs at least 8.")
         return ConvNet(num_classes, image_size)
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise InputError(f"`student` is {name!r}; use convnet or a torchvision classifier such as resnet18.")

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torchvision
+from PIL import Image
 
 from d4m_plugin.errors import InputError
 from d4m_plugin.sources.base import LabelledImages, Source
@@ -39,7 +40,7 @@ class ImageFolder(Source):
 
     def _open(self, folder: Path) -> torchvision.datasets.ImageFolder:
         try:
-            return torchvision.datasets.ImageFolder(folder)
+            return torchvision.datasets.ImageFolder(folder, loader=_load)
         except FileNotFoundError as error:
             raise InputError(f"`root` is {str(self.root)!r}: {error}") from error
 
@@ -67,6 +68,14 @@ class ImageFolder(Source):
             )
         test: LabelledImages = images
         return test
+
+
+def _load(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow's for files that are cut off or no images
+        raise InputError(f"{path!r} cannot be read as an image ({error}); mend or remove it.") from error
 
 
 class ImageNet(ImageFolder):
