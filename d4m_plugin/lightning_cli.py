@@ -18,6 +18,7 @@ from d4m_plugin.callbacks import RunProgress, TeacherMatching
 from d4m_plugin.cli import OneSentenceErrors, table
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import trainer_precision
+from d4m_plugin.errors import InputError
 from d4m_plugin.models.classifier import ImageClassifier
 
 DEFAULT_STEPS = 500
@@ -27,6 +28,7 @@ BESIDE_THE_POINT = (
     "Starting from v1.9.0, `tensorboardX` has been removed",
     "Precision bf16-mixed is not supported by the model summary",
     "The number of training batches .* is smaller than the logging interval",  # an epoch may be one step
+    "The dirpath has changed from",  # testing a checkpoint opens a log folder of its own
     ".*isinstance\\(treespec, LeafSpec\\)",
 )
 
@@ -121,12 +123,13 @@ class D4MCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Write the label predicted of each real test image to predictions.csv in the log folder."""
+        if self.trainer.world_size > 1:
+            raise InputError(f"`devices` makes {self.trainer.world_size} processes; predict writes one file: use 1.")
         predicted: Any = self.trainer.predict(**kwargs)
-        log_dir = Path(self.trainer.log_dir or ".")  # read by every rank: it is broadcast
         are_labels = predicted and all(isinstance(batch, Tensor) and batch.ndim == 1 for batch in predicted)
-        if not are_labels or not isinstance(self.datamodule, D4MDataModule) or not self.trainer.is_global_zero:
+        if not are_labels or not isinstance(self.datamodule, D4MDataModule):
             return
-        path = log_dir / "predictions.csv"
+        path = Path(self.trainer.log_dir or ".") / "predictions.csv"
         names, labels = self.datamodule.source.classes, torch.cat(predicted).tolist()
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

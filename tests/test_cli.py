@@ -72,6 +72,9 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
 
     status, out, err = run("predict", "--ckpt_path", rows["checkpoint"])
     assert status == 0, err
+    assert (
+        run("predict", "--trainer.devices", "2", "--trainer.accelerator", "cpu")[0] == 2
+    )  # half the labels would lack
     with open(table_of(out)["predictions"]) as file:
         predicted = [int(row["label"]) for row in csv.DictReader(file)]
     right = [a == b for a, b in zip(predicted, Digits().test().targets, strict=True)]
