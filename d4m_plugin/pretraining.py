@@ -142,6 +142,7 @@ def _train(
     sampler = RandomSampler(dataset, replacement=True, num_samples=steps * batch_size)
     trainer = L.Trainer(
         max_epochs=1,
+        deterministic="warn",  # a gather of prompts would else add its gradients in any order
         devices=1,  # small models: a second device would only divide the steps
         precision=trainer_precision(),
         callbacks=callbacks,

@@ -56,6 +56,13 @@ def test_the_product_distils(pretrained):
     assert len(distill(Squares(), recipe)) == 3
 
 
+def test_the_same_command_gives_the_same_pipeline(tmp_path):
+    options = {"unet_channels": (32, 64), "vae_steps": 2, "unet_steps": 40}
+    first, second = (pretrain(output=tmp_path / name, **options) for name in ("first", "second"))
+    for path in first.rglob("*.safetensors"):
+        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
+
+
 def test_any_class_name_is_told_from_any_other():
     names = ["crane", "Ünïcode", "鶴", "🦆", "🐓", "a/b", '"quoted", with commas', "a", "A", ""]
     tokenizer = byte_tokenizer()
