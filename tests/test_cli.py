@@ -2,6 +2,7 @@ import csv
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,7 +175,8 @@ def test_words_that_are_not_ours_go_to_the_lightning_sdk(monkeypatch):
 
 
 def test_the_program_has_three_names():
-    for words in (["lightning"], ["d4m"], [sys.executable, "-m", "d4m_plugin"]):
+    scripts = Path(sys.executable).parent  # which need not be on the PATH
+    for words in ([scripts / "lightning"], [scripts / "d4m"], [sys.executable, "-m", "d4m_plugin"]):
         result = subprocess.run([*words, "--help"], capture_output=True, text=True, check=True)
         assert result.stdout.startswith("usage: d4m COMMAND")
 
@@ -186,8 +188,6 @@ def test_help_loads_nothing_heavy():
 
 
 def test_a_module_in_the_working_folder_can_be_named(run, squares):
-    from pathlib import Path
-
     Path("mine.py").write_text(
         "from tests.toys import Squares\nclass Mine(Squares):\n    classes = ('a', 'b')\n"
         "    def __init__(self):\n        super().__init__(classes=('a', 'b'))\n"
