@@ -118,7 +118,7 @@ def _open(teacher: str, source: Source) -> Teacher:
         return _from_torchvision(teacher.removeprefix("torchvision:"))
     path = Path(teacher)
     if path.is_file() and path.suffix in (".ckpt", ".safetensors"):
-        return _read_checkpoint(path) if path.suffix == ".ckpt" else _read_safetensors(path)
+        return _build(*_student_of(path)) if path.suffix == ".ckpt" else _read_safetensors(path)
     raise InputError(
         f"`teacher` is {teacher!r}, neither auto, torchvision:NAME, nor an existing .ckpt or .safetensors file."
     )
@@ -136,10 +136,6 @@ def _from_torchvision(name: str) -> Teacher:
     except OSError as error:
         raise InputError(f"`teacher` is 'torchvision:{name}', whose weights cannot be fetched: {error}") from error
     return Teacher(model, weights.meta["categories"], transform.crop_size[0], transform.mean, transform.std)
-
-
-def _read_checkpoint(path: Path) -> Teacher:
-    return _build(*_student_of(path))
 
 
 def _read_safetensors(path: Path) -> Teacher:

@@ -20,7 +20,7 @@ def test_every_example_is_tried():
 
 
 @pytest.mark.parametrize("name", sorted(RUN_HERE))
-def test_an_example_runs(run, name):  # noqa: F811
+def test_an_example_runs(run, name):  # noqa: F811  # the fixture imported above
     short = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--data.ipc", "2"]
     status, out, err = run("fit", "--config", f"config_examples/{name}", *short, "--data.num_inference_steps", "4")
     assert status == 0, err
@@ -34,7 +34,7 @@ def test_an_example_runs(run, name):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", sorted(NEED_DATA))
-def test_an_example_for_other_data_parses(run, name):  # noqa: F811
+def test_an_example_for_other_data_parses(run, name):  # noqa: F811  # the fixture imported above
     status, out, err = run("fit", "--config", f"config_examples/{name}", "--print_config")
     assert status == 0, err
     assert "d4m_plugin.ImageClassifier" in out
