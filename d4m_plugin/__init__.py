@@ -12,16 +12,18 @@ if TYPE_CHECKING:
     from d4m_plugin.models import ConvNet
     from d4m_plugin.models.classifier import ImageClassifier
     from d4m_plugin.recipe import Recipe
-    from d4m_plugin.sources import CIFAR10, Digits, ImageFolder, ImageNet, Source
+    from d4m_plugin.sources import CIFAR10, CIFAR100, Digits, HuggingFace, ImageFolder, ImageNet, Source, TinyImageNet
     from d4m_plugin.teachers import Teacher
 
 # Where each public name lives. They are imported when first used: torch, lightning and diffusers take seconds.
 _HOMES = {
     "CIFAR10": "sources",
+    "CIFAR100": "sources",
     "ConvNet": "models",
     "D4MDataModule": "datamodules",
     "Digits": "sources",
     "DistilledDataset": "distilled",
+    "HuggingFace": "sources",
     "ImageClassifier": "models.classifier",
     "ImageFolder": "sources",
     "ImageNet": "sources",
@@ -31,14 +33,17 @@ _HOMES = {
     "Source": "sources",
     "Teacher": "teachers",
     "TeacherMatching": "callbacks",
+    "TinyImageNet": "sources",
     "distill": "distillation",
 }
 __all__ = [  # the names are there by __getattr__
     "CIFAR10",
+    "CIFAR100",
     "ConvNet",
     "D4MDataModule",
     "Digits",
     "DistilledDataset",
+    "HuggingFace",
     "ImageClassifier",
     "ImageFolder",
     "ImageNet",
@@ -48,6 +53,7 @@ __all__ = [  # the names are there by __getattr__
     "Source",
     "Teacher",
     "TeacherMatching",
+    "TinyImageNet",
     "distill",
 ]
 

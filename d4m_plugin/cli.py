@@ -7,10 +7,11 @@ Libraries are imported by the command that needs them, so that help is quick.
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, InputWarning
 
 LIGHTNING_COMMANDS = {
     "fit": "distil a dataset, or find it distilled, and train a model on it",
@@ -73,6 +74,14 @@ def _help() -> str:
 
 
 def _to_the_user(run: Callable[[], None]) -> None:
+    in_full = warnings.formatwarning
+
+    def in_short(message: Warning | str, category: type[Warning], *where: Any) -> str:
+        if issubclass(category, InputWarning):
+            return f"warning: {message}\n"
+        return in_full(message, category, *where)
+
+    warnings.formatwarning = in_short
     try:
         run()
     except KeyboardInterrupt:

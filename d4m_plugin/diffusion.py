@@ -75,6 +75,11 @@ class LatentDiffusion:
         latents: Tensor = (posterior.mean.float() - shift) * vae.config.scaling_factor
         return latents.cpu().contiguous()
 
+    def cuts(self, prompt: str) -> bool:
+        """Return whether a prompt is longer than the text encoder reads."""
+        tokenizer = self.pipeline.tokenizer
+        return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
+
     @torch.inference_mode()
     def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
         """Return what the pipeline's call takes in place of a prompt, each with a leading dimension of 1."""

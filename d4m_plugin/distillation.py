@@ -13,7 +13,9 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,19 +26,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
 from d4m_plugin.card import write_card
 from d4m_plugin.diffusion import LatentDiffusion, find_model
 from d4m_plugin.distilled import FORMAT, PARQUET, DistilledDataset, checksums, write_parquet
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.prototypes import Prototypes, cluster
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
+from d4m_plugin.screening import WithoutBadImages, check_images
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Digits, LabelledImages, Source
+from d4m_plugin.sources.images import Resize, to_pixels
+from d4m_plugin.subsets import at_most
 
 VERSIONS = ("d4m-plugin", "torch", "diffusers", "transformers", "scikit-learn")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -51,6 +55,8 @@ def distill(
     cache_dir: str | Path | None = None,
     batch_size: int = BLOCK,
     num_workers: int = 0,
+    skip_bad_images: bool = False,
+    keep_latents: bool = False,
 ) -> DistilledDataset:
     """Return the distilled set of a source under a recipe, made now or found finished.
 
@@ -61,28 +67,39 @@ def distill(
         cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
         batch_size: images that the model takes at once; memory and speed, not the set, depend on it.
         num_workers: processes that read real images.
+        skip_bad_images: leave out images that cannot be read, and record which; by default they stop the work.
+        keep_latents: keep what the VAE made of the real images in the cache (64 kB an image at 512 pixels), so that
+            another set of the same source, model and resolution encodes nothing.
 
     Raises:
-        InputError: where the recipe does not fit the source, the model is unknown, or a folder cannot be used.
+        InputError: where the recipe does not fit the source, the model is unknown, an image cannot be read, or a
+            folder cannot be used.
+
+    Warns:
+        InputWarning: where a class has fewer images than prototypes, or a prompt is longer than the model reads.
     """
-    resolved = (recipe or Recipe()).resolved(source)
     if batch_size < 1:
         raise InputError(f"`batch_size` is {batch_size}; it must be at least 1.")
-    _check_classes(source, resolved)
+    cache = resolve_cache_dir(cache_dir)
+    if skip_bad_images and not isinstance(source, WithoutBadImages):
+        source = WithoutBadImages(source, cache, num_workers)
+    resolved = (recipe or Recipe()).resolved(source)
+    _check_classes(source)
     fingerprint = set_fingerprint(source, resolved)
     if output:
         folder = Path(output).resolve()
         make_writable(folder.parent, "output")
     else:
         name = f"{source.name}-{resolved.config_name}-{fingerprint}"
-        folder = resolve_cache_dir(cache_dir) / "sets" / name
+        folder = cache / "sets" / name
         folder.parent.mkdir(exist_ok=True)
     work = folder.with_name(f"{folder.name}.partial")
     try:
         lock = FileLock(f"{folder}.lock")
         with lock, torch.random.fork_rng(devices=[]):  # so that training goes on alike from a set made or found
             if not folder.exists() or not any(folder.iterdir()):
-                _distil_into(work / fingerprint, fingerprint, source, resolved, batch_size, num_workers)
+                options = (batch_size, num_workers, keep_latents)
+                _distil_into(work / fingerprint, fingerprint, source, resolved, cache, *options)
                 (work / fingerprint / "set").replace(folder)
                 shutil.rmtree(work)
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -101,65 +118,159 @@ def distill(
 def set_fingerprint(source: Source, recipe: ResolvedRecipe) -> str:
     """Return twelve hexadecimal digits that name a source, a recipe, and the weights of a model in a folder."""
     decides = [FORMAT, source.fingerprint, list(source.classes), dataclasses.asdict(recipe)]
-    digest = hashlib.sha256(json.dumps(decides).encode())
-    model = Path(find_model(recipe.diffusion))
-    if model.is_dir():
-        for path in sorted(path for path in model.rglob("*") if path.is_file()):
-            digest.update(str(path.relative_to(model)).encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:12]
+    return _digest([json.dumps(decides), _model_digest(recipe.diffusion)])[:12]
 
 
-def _check_classes(source: Source, recipe: ResolvedRecipe) -> None:
-    names = list(source.classes)
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{source.name} has two classes named {twice!r}; give each a name of its own.")
-    counts = torch.tensor(source.train().targets).bincount(minlength=len(source.classes))
-    smallest = int(counts.argmin())
-    if counts[smallest] < recipe.prototypes:
-        raise InputError(
-            f"`prototypes` is {recipe.prototypes}, but class {source.classes[smallest]!r} has "
-            f"{counts[smallest]} images; lower `prototypes` (or `ipc`), or merge classes."
-        )
+def _model_digest(model: str) -> str:
+    """Return a hash of the files of a model in a folder, "" for one on the Hub, whose revision names it."""
+    folder = Path(find_model(model))
+    if not folder.is_dir():
+        return ""
+    parts = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            parts += [str(path.relative_to(folder)), hashlib.file_digest(file, "sha256").hexdigest()]
+    return _digest(parts)
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _check_classes(source: Source) -> None:
+    if len(source.classes) < 2:
+        raise InputError(f"{source.name} has the one class {source.classes[0]!r}; there is nothing to tell apart.")
+    counts = torch.as_tensor(source.train().targets).bincount(minlength=len(source.classes))
+    for label in (counts == 0).nonzero().flatten().tolist():
+        raise InputError(f"class {source.classes[label]!r} of {source.name} (label {label}) has no training images.")
 
 
 def _distil_into(
-    work: Path, fingerprint: str, source: Source, recipe: ResolvedRecipe, batch_size: int, num_workers: int
+    work: Path,
+    fingerprint: str,
+    source: Source,
+    recipe: ResolvedRecipe,
+    cache: Path,
+    batch_size: int,
+    num_workers: int,
+    keep_latents: bool,
 ) -> None:
     """Leave the finished set in `work / "set"`."""
     started = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
     model = LatentDiffusion(recipe.diffusion, recipe.diffusion_revision, recipe.scheduler)
     resolution = recipe.resolution or model.resolution
-
-    make_prototypes(work, source, recipe, model, resolution, batch_size, num_workers)
+    prompts = recipe.prompts(source.classes)
+    _warn_of_cut_prompts(model, prompts)
+    images = source.train()
+    decides = [source.fingerprint, str(len(images))]  # some may be left out
+    if recipe.max_images_per_class is not None:
+        images = at_most(images, recipe.max_images_per_class, recipe.seed)
+        decides += [str(recipe.max_images_per_class), str(recipe.seed)]
+    if not isinstance(source, WithoutBadImages):
+        check_images(images, source.name, _digest(decides), cache, num_workers)
+    decides += [str(recipe.diffusion_revision), _model_digest(recipe.diffusion) or recipe.diffusion]
+    kept = cache / "latents" / f"{source.name}-{_digest([*decides, str(resolution), recipe.resize])[:12]}"
+    if keep_latents:
+        kept.mkdir(parents=True, exist_ok=True)
+    screened = time.perf_counter()
+    latents = _kept_or_encoded(images, kept, work, model, resolution, recipe.resize, batch_size, num_workers)
+    make_prototypes(work, latents, recipe, source.classes)
     clustered = time.perf_counter()
-    make_images(work, source, recipe, model, batch_size)
+    make_images(work, prompts, recipe, model, batch_size)
     synthesised = time.perf_counter()
-    seconds = {"encode_and_cluster": clustered - started, "synthesise": synthesised - clustered}
+    seconds = {
+        "check": screened - started,
+        "encode_and_cluster": clustered - screened,
+        "synthesise": synthesised - clustered,
+    }
     _assemble(work, fingerprint, source, recipe, model, seconds)
 
 
-def make_prototypes(
+def _warn_of_cut_prompts(model: LatentDiffusion, prompts: list[str]) -> None:
+    cut = [prompt for prompt in prompts if model.cuts(prompt)]
+    if cut:
+        sentence = (
+            f"{len(cut)} of {len(prompts)} prompts are longer than the text encoder reads and are cut off, such as "
+            f"{cut[0][:60]!r}…; give a shorter name in `class_names`."
+        )
+        warnings.warn(sentence, InputWarning, stacklevel=2)
+
+
+def _kept_or_encoded(
+    images: LabelledImages,
+    kept: Path,
     work: Path,
-    source: Source,
-    recipe: ResolvedRecipe,
     model: LatentDiffusion,
     resolution: int,
+    resize: Resize,
     batch_size: int,
     num_workers: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield each label that has no prototypes in `work` yet with its latents, read from `kept` or written there.
+
+    Nothing is written where there is no such folder.
+    """
+    labels = [label for label in _labels(images) if not _class_file(work, label).exists()]
+    missing = [label for label in labels if not _class_file(kept, label).exists()]
+    counts = torch.as_tensor(images.targets).bincount()
+    with _progress("Encoding", len(images), done=len(images) - int(counts[labels].sum())) as progress:
+        encoded = encode(images, missing, model, resolution, resize, batch_size, num_workers, progress)
+        for label in labels:
+            file = _class_file(kept, label)
+            if label not in missing:
+                yield label, load_file(file)["latents"]
+                progress.update(int(counts[label]))
+                continue
+            _, latents = next(encoded)
+            if kept.is_dir():
+                with written_whole(file) as path:
+                    save_file({"latents": latents}, path)
+            yield label, latents
+
+
+def _labels(images: LabelledImages) -> list[int]:
+    labels: list[int] = torch.as_tensor(images.targets).unique().tolist()
+    return labels
+
+
+def make_prototypes(
+    work: Path, latents: Iterable[tuple[int, Tensor]], recipe: ResolvedRecipe, classes: Sequence[str]
 ) -> None:
-    """Write the prototypes of each class to `work`, one class in memory at a time; skip classes that are there."""
-    todo = [c for c in range(len(source.classes)) if not _class_file(work, c).exists()]
-    images = source.train()
-    left = int(torch.isin(torch.tensor(images.targets), torch.tensor(todo)).sum())
-    with _progress("Encoding", len(images), done=len(images) - left) as progress:
-        for label, latents in encode(images, todo, model, resolution, batch_size, num_workers, progress):
-            prototypes = cluster(latents, recipe.prototypes, seed_of(recipe.seed, label))
-            with written_whole(_class_file(work, label)) as path:
-                save_file(dataclasses.asdict(prototypes), path)
+    """Write the prototypes of each class to `work`; one class is clustered while the next is encoded.
+
+    Args:
+        work: the folder of the run.
+        latents: each label with the latents of its images, float32, shape (N, C, h, w).
+        recipe: prototypes and seed.
+        classes: the class names, for the warning.
+
+    Warns:
+        InputWarning: where a class has fewer images than prototypes.
+    """
+    few: list[int] = []
+
+    def finish(label: int, points: Tensor) -> None:
+        found = cluster(points, recipe.prototypes, seed_of(recipe.seed, label))
+        if len(found.latents) < recipe.prototypes:
+            few.append(label)
+        with written_whole(_class_file(work, label)) as path:
+            save_file(dataclasses.asdict(found), path)
+
+    with ThreadPoolExecutor(1) as beside:
+        last: Future[None] | None = None
+        for label, points in latents:
+            if last is not None:
+                last.result()
+            last = beside.submit(finish, label, points)
+        if last is not None:
+            last.result()
+    if few:
+        sentence = (
+            f"{len(few)} classes have fewer different images than `prototypes`, {recipe.prototypes}, such as "
+            f"{classes[few[0]]!r}: each image is a prototype, and the rest of `ipc` comes from further noise."
+        )
+        warnings.warn(sentence, InputWarning, stacklevel=2)
 
 
 def encode(
@@ -167,6 +278,7 @@ def encode(
     labels: list[int],
     model: LatentDiffusion,
     resolution: int,
+    resize: Resize = "crop",
     batch_size: int = BLOCK,
     num_workers: int = 0,
     progress: Any = None,
@@ -177,20 +289,20 @@ def encode(
         images: the real images; only those of `labels` are read.
         labels: the classes to encode, in this order.
         model: whose VAE encodes.
-        resolution: edge in pixels that images are resized (bicubic) and centre-cropped to.
+        resolution: edge in pixels that images are resized to (bicubic).
+        resize: `crop` or `squash`, for images that are not square.
         batch_size: images a pass.
         num_workers: processes that read images; the same ones for all classes.
         progress: a tqdm bar to move on by one for each image.
     """
-    targets = torch.tensor(images.targets)
+    targets = torch.as_tensor(images.targets)
     batches = [
         (label, indices.tolist())
         for label in labels
         for indices in (targets == label).nonzero().flatten().split(batch_size)
     ]
-    loader = DataLoader(
-        _Pixels(images, resolution), batch_sampler=[batch for _, batch in batches], num_workers=num_workers
-    )
+    sampler = [batch for _, batch in batches]
+    loader = DataLoader(_Pixels(images, resolution, resize), batch_sampler=sampler, num_workers=num_workers)
     latents: list[Tensor] = []
     for position, (pixels, (label, _)) in enumerate(zip(loader, batches, strict=True)):
         latents.append(model.encode(pixels))
@@ -204,22 +316,21 @@ def encode(
 class _Pixels(Dataset[Tensor]):
     """The images of a dataset alone, uint8, shape (3, size, size)."""
 
-    def __init__(self, images: LabelledImages, size: int) -> None:
-        bicubic = v2.InterpolationMode.BICUBIC
-        self.images = images
-        self.transform = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size), v2.RGB(), v2.PILToTensor()])
+    def __init__(self, images: LabelledImages, size: int, resize: Resize) -> None:
+        self.images, self.size, self.resize = images, size, resize
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        pixels: Tensor = self.transform(self.images[index][0])
-        return pixels
+        return to_pixels(self.images[index][0], self.size, self.resize)
 
 
-def make_images(work: Path, source: Source, recipe: ResolvedRecipe, model: LatentDiffusion, batch_size: int) -> None:
+def make_images(
+    work: Path, prompts: Sequence[str], recipe: ResolvedRecipe, model: LatentDiffusion, batch_size: int
+) -> None:
     """Write the distilled images to `work` in blocks; skip blocks that are there."""
-    wanted = [(label, index) for label in range(len(source.classes)) for index in range(recipe.ipc)]
+    wanted = [(label, index) for label in range(len(prompts)) for index in range(recipe.ipc)]
     blocks = [wanted[start : start + BLOCK] for start in range(0, len(wanted), BLOCK)]
     todo = [number for number in range(len(blocks)) if not _block_file(work, number).exists()]
     left = sum(len(blocks[number]) for number in todo)
@@ -227,7 +338,7 @@ def make_images(work: Path, source: Source, recipe: ResolvedRecipe, model: Laten
         for number in todo:
             block = blocks[number]
             prototypes = {label: load_prototypes(work, label) for label in {label for label, _ in block}}
-            columns = synthesise(block, prototypes, list(source.classes), recipe, model, batch_size)
+            columns = synthesise(block, prototypes, prompts, recipe, model, batch_size)
             with written_whole(_block_file(work, number)) as path:
                 save_file(columns, path)
             progress.update(len(block))
@@ -236,19 +347,20 @@ def make_images(work: Path, source: Source, recipe: ResolvedRecipe, model: Laten
 def synthesise(
     wanted: list[tuple[int, int]],
     prototypes: dict[int, Prototypes],
-    classes: list[str],
+    prompts: Sequence[str],
     recipe: ResolvedRecipe,
     model: LatentDiffusion,
     batch_size: int = BLOCK,
 ) -> dict[str, Tensor]:
     """Return distilled images: each prototype noised to `strength` and denoised under its class's prompt.
 
-    Image j of a class starts from prototype j mod K, with noise from a generator seeded by (seed, class, j).
+    Image j of a class starts from prototype j mod K, of the K that the class has, with noise from a generator seeded
+    by (seed, class, j).
 
     Args:
         wanted: (label, j) of each image, j in [0, ipc).
         prototypes: those of each label in `wanted`.
-        classes: the class names.
+        prompts: the prompt of each class.
         recipe: strength, guidance and the rest.
         model: what denoises and decodes.
         batch_size: images a pass.
@@ -256,15 +368,15 @@ def synthesise(
     Returns:
         Columns of len(wanted) rows: `image` (uint8, shape (n, 3, H, W)), `label`, `prototype`, `weight`, `seed`.
     """
-    indices = [j % recipe.prototypes for _, j in wanted]
+    indices = [j % len(prototypes[c].latents) for c, j in wanted]
     starts = torch.stack([prototypes[c].latents[k] for (c, _), k in zip(wanted, indices, strict=True)])
-    prompts = [recipe.prompt_of(classes[c]) for c, _ in wanted]
+    texts = [prompts[c] for c, _ in wanted]
     images = []
     for start in range(0, len(wanted), batch_size):
         batch = slice(start, start + batch_size)
         latents = model.denoise(
             starts[batch],
-            prompts[batch],
+            texts[batch],
             [generator_of(recipe.seed, c, j) for c, j in wanted[batch]],
             negative_prompt=recipe.negative_prompt,
             strength=recipe.strength,
@@ -300,19 +412,19 @@ def _assemble(
     folder.mkdir(parents=True)
     classes = list(source.classes)
 
-    everyone = [load_prototypes(work, label) for label in range(len(classes))]
-    tensors = {
-        "latents": torch.stack([each.latents for each in everyone]),
-        "weights": torch.stack([each.weights for each in everyone]),
-    }
+    tensors = {}
+    for label in range(len(classes)):
+        found = load_prototypes(work, label)  # read from disk only when written: they need not fit in memory at once
+        tensors |= {f"{label}.latents": found.latents, f"{label}.weights": found.weights}
     save_file(tensors, folder / "prototypes.safetensors")
-    decoded = [model.decode(each.latents[:MAX_COLUMNS]) for each in everyone[:MAX_ROWS]]
+    shown = range(min(len(classes), MAX_ROWS))
+    decoded = [model.decode(tensors[f"{label}.latents"][:MAX_COLUMNS]) for label in shown]
     grid(decoded, classes).save(folder / "prototypes.png")
 
     files = [_block_file(work, number) for number in range(math.ceil(len(classes) * recipe.ipc / BLOCK))]
     write_parquet(folder / PARQUET, classes, map(load_file, files))
-    shown = [_first_images(work, label, recipe.ipc) for label in range(min(len(classes), MAX_ROWS))]
-    grid(shown, classes).save(folder / "preview.png")
+    first = [_first_images(work, label, recipe.ipc) for label in shown]
+    grid(first, classes).save(folder / "preview.png")
 
     metadata = {
         "format": FORMAT,
@@ -323,6 +435,12 @@ def _assemble(
             "license": source.license,
             "fingerprint": source.fingerprint,
             "classes": classes,
+            "skipped": source.skipped if isinstance(source, WithoutBadImages) else [],
+        },
+        "fewer_prototypes": {
+            str(label): len(tensors[f"{label}.weights"])
+            for label in range(len(classes))
+            if len(tensors[f"{label}.weights"]) < recipe.prototypes
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -359,6 +477,8 @@ def distill_command(
     batch_size: int = BLOCK,
     num_workers: int = 0,
     cache_dir: Path | None = None,
+    skip_bad_images: bool = False,
+    keep_latents: bool = False,
     **recipe: Any,
 ) -> DistilledDataset:
     """Distil a source: `distill` with the recipe's options one by one.
@@ -369,6 +489,8 @@ def distill_command(
         batch_size: images that the model takes at once; memory and speed, not the set, depend on it.
         num_workers: processes that read real images.
         cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
+        skip_bad_images: leave out images that cannot be read, and record which; by default they stop the work.
+        keep_latents: keep what the VAE made of the real images in the cache, for other sets of the same source.
         recipe: options of the Recipe.
     """
     return distill(
@@ -378,4 +500,6 @@ def distill_command(
         cache_dir=cache_dir,
         batch_size=batch_size,
         num_workers=num_workers,
+        skip_bad_images=skip_bad_images,
+        keep_latents=keep_latents,
     )

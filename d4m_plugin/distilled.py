@@ -3,7 +3,7 @@
 README.md                               card
 ipc-10/train-00000-of-00001.parquet     image (PNG), label, prototype, weight, seed
 ipc-10/d4m.json                         recipe, source, versions, checksums, timings
-ipc-10/prototypes.safetensors           latents [classes, K, C, h, w], weights [classes, K]
+ipc-10/prototypes.safetensors           for each label: LABEL.latents [K, C, h, w], LABEL.weights [K]
 ipc-10/preview.png, prototypes.png      a grid each, one row a class
 """
 

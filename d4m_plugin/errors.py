@@ -1,4 +1,4 @@
-"""The errors a user can cause and mend."""
+"""The errors a user can cause and mend, and what a user should know of."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints the message alone, without a traceback, and exits with status 2.
     """
+
+
+class InputWarning(UserWarning):
+    """Something in the user's data is dealt with in a way that the user should know of; the command line says it."""

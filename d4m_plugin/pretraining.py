@@ -6,32 +6,42 @@ class name works), and a denoiser trained with classifier-free guidance dropout 
 arXiv:2112.10752; Ho and Salimans, arXiv:2207.12598).
 """
 
+import contextlib
+import hashlib
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from tokenizers import normalizers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-from torchvision.transforms import v2
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from d4m_plugin.cache import make_writable
 from d4m_plugin.callbacks import RunProgress
 from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
 from d4m_plugin.errors import InputError
+from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Digits, Source
+from d4m_plugin.sources.images import to_pixels
 
 LATENT_CHANNELS = 4  # what diffusers' image-to-image pipelines take as latents (SD and SDXL)
 KL_WEIGHT = 1e-6  # Rombach et al., appendix G: only to keep the latents' scale bounded
 PROMPT_DROPOUT = 0.1  # Ho and Salimans, section 4
+SNR_CLAMP = 5.0  # gamma of Hang et al., arXiv:2303.09556
 TEXT_LENGTH = 77  # tokens, CLIP's own
+SCALE_SAMPLE = 5000  # images by which the latents' scale is measured
+STEPS_A_CHECKPOINT = 500  # a killed run starts again from the last one
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -55,16 +65,64 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor
     return ids
 
 
-class AutoencoderTraining(L.LightningModule):
-    """Trains an `AutoencoderKL` to reconstruct images: L1 and L2 loss and a little KL."""
+class _Training(L.LightningModule):
+    """Trains on batches that each step draws for itself, with replacement.
 
-    def __init__(self, vae: AutoencoderKL, lr: float) -> None:
+    Batch and noise depend on the seed and the step's number alone, so a run that resumes goes on as if it had not
+    been stopped, which no state of a loader would give.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], batch_size: int, lr: float, seed: int) -> None:
+        """Take tensors of as many rows each, of which a batch has `batch_size`, drawn by `seed`."""
         super().__init__()
-        self.vae, self.lr = vae, lr
+        self.tensors, self.batch_size, self.lr, self.seed = tensors, batch_size, lr, seed
 
-    def training_step(self, batch: list[Tensor]) -> Tensor:
-        """Return the loss of a batch of images, uint8, shape (B, 3, H, W)."""
-        images = batch[0].float() / 127.5 - 1
+    def draw(self) -> list[Tensor]:
+        """Return this step's batch, and seed its noise."""
+        torch.manual_seed(seed_of(self.seed, self.global_step))
+        rows = torch.randint(len(self.tensors[0]), (self.batch_size,))
+        return [tensor[rows].to(self.device) for tensor in self.tensors]
+
+    def train_dataloader(self) -> DataLoader[int]:
+        """Lightning counts steps by a loader; this one's batches are numbers that nobody reads."""
+        return DataLoader(range(self.trainer.max_steps), batch_size=None)  # type: ignore[arg-type]
+
+    def compile_parts(self) -> None:
+        """Compile what takes the time, in place: the names of the weights stay."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with a short warm-up and a cosine schedule to zero."""
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=0.01, fused=True)
+        steps = self.trainer.max_steps
+        warmup = max(1, steps // 50)
+        schedule = torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=warmup),
+                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup)),
+            ],
+            milestones=[warmup],
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class AutoencoderTraining(_Training):
+    """Trains an `AutoencoderKL` to reconstruct images, uint8 (N, 3, H, W): L1 and L2 loss and a little KL."""
+
+    def __init__(self, vae: AutoencoderKL, images: Tensor, batch_size: int, lr: float, seed: int) -> None:
+        super().__init__([images], batch_size, lr, seed)
+        self.vae = vae
+
+    def compile_parts(self) -> None:
+        """Compile what takes the time, in place: the names of the weights stay."""
+        self.vae.encoder.compile()
+        self.vae.decoder.compile()
+
+    def training_step(self, batch: int) -> Tensor:
+        """Return the loss of a batch."""
+        (images,) = self.draw()
+        images = images.float() / 127.5 - 1
         posterior = self.vae.encode(images).latent_dist
         error = self.vae.decode(posterior.sample()).sample.float() - images
         loss: Tensor = error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean()
@@ -72,16 +130,13 @@ class AutoencoderTraining(L.LightningModule):
         self.log("psnr", 10 * torch.log10(4 / error.detach().square().mean()), prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with a cosine schedule to zero."""
-        return _adamw_cosine(self, self.lr)
 
-
-class DenoiserTraining(L.LightningModule):
+class DenoiserTraining(_Training):
     """Trains a U-Net and its text encoder to predict the velocity of noised latents.
 
     Velocity (Salimans and Ho, arXiv:2202.00512): v = sqrt(ᾱ) ε - sqrt(1 - ᾱ) x0, better behaved than ε at high
-    noise, where guided synthesis starts.
+    noise, where guided synthesis starts. Its error is weighted by min(SNR, 5) / (SNR + 1) (Hang et al.,
+    arXiv:2303.09556), so that nearly clean latents, of which there is little to learn, do not lead.
     """
 
     prompt_ids: Tensor
@@ -92,16 +147,23 @@ class DenoiserTraining(L.LightningModule):
         text_encoder: CLIPTextModel,
         scheduler: DDIMScheduler,
         prompt_ids: Tensor,
+        tensors: tuple[Tensor, Tensor],
+        batch_size: int,
         lr: float,
+        seed: int,
     ) -> None:
-        """Take `prompt_ids`, int64 (classes + 1, 77), whose last row is the empty prompt."""
-        super().__init__()
-        self.unet, self.text_encoder, self.scheduler, self.lr = unet, text_encoder, scheduler, lr
+        """Take `prompt_ids`, int64 (classes + 1, 77), whose last row is the empty prompt, and latents and labels."""
+        super().__init__(tensors, batch_size, lr, seed)
+        self.unet, self.text_encoder, self.scheduler = unet, text_encoder, scheduler
         self.register_buffer("prompt_ids", prompt_ids, persistent=False)
 
-    def training_step(self, batch: list[Tensor]) -> Tensor:
+    def compile_parts(self) -> None:
+        """Compile what takes the time, in place: the names of the weights stay."""
+        self.unet.compile()
+
+    def training_step(self, batch: int) -> Tensor:
         """Return the loss of a batch of latents, float32 (B, C, h, w), and their labels, int64 (B,)."""
-        latents, labels = batch
+        latents, labels = self.draw()
         dropped = torch.rand(len(labels), device=labels.device) < PROMPT_DROPOUT
         rows, inverse = labels.masked_fill(dropped, len(self.prompt_ids) - 1).unique(return_inverse=True)
         prompts = self.text_encoder(self.prompt_ids[rows]).last_hidden_state[inverse]
@@ -111,55 +173,44 @@ class DenoiserTraining(L.LightningModule):
         noise = torch.randn_like(latents)
         noised = self.scheduler.add_noise(latents, noise, timesteps)
         velocity = self.scheduler.get_velocity(latents, noise, timesteps)
-        loss = F.mse_loss(self.unet(noised, timesteps, prompts).sample.float(), velocity)
+        error = self.unet(noised, timesteps, prompts).sample.float() - velocity
+        alphas = self.scheduler.alphas_cumprod.to(latents.device)[timesteps]
+        weights = (alphas / (1 - alphas)).clamp(max=SNR_CLAMP) * (1 - alphas)
+        loss = (weights * error.square().mean((1, 2, 3))).mean()
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with a cosine schedule to zero."""
-        return _adamw_cosine(self, self.lr)
 
-
-def _adamw_cosine(module: L.LightningModule, lr: float) -> OptimizerLRScheduler:
-    optimizer = torch.optim.AdamW(module.parameters(), lr, weight_decay=0.01, fused=True)
-    steps = int(module.trainer.estimated_stepping_batches)
-    warmup = max(1, steps // 50)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup)),
-        ],
-        milestones=[warmup],
+def _train(module: _Training, steps: int, callbacks: list[L.Callback], checkpoint: Path, compiled: bool) -> None:
+    """Make exactly `steps` updates, from `checkpoint` on where there is one."""
+    if compiled:
+        module.compile_parts()
+    kept = ModelCheckpoint(
+        checkpoint.parent, checkpoint.stem, every_n_train_steps=STEPS_A_CHECKPOINT, enable_version_counter=False
     )
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _train(
-    module: L.LightningModule, dataset: TensorDataset, steps: int, batch_size: int, callbacks: list[L.Callback]
-) -> None:
-    """Fit a module for exactly `steps` batches drawn with replacement, as one epoch."""
-    sampler = RandomSampler(dataset, replacement=True, num_samples=steps * batch_size)
     trainer = L.Trainer(
-        max_epochs=1,
+        max_steps=steps,
         deterministic="warn",  # a gather of prompts would else add its gradients in any order
         devices=1,  # small models: a second device would only divide the steps
         precision=trainer_precision(),
-        callbacks=callbacks,
+        callbacks=[*callbacks, kept],
         logger=False,
-        enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(dataset, batch_size, sampler=sampler))
+    # On a CPU the flash kernel's backward takes a fifth of the step at these lengths; the plain one is faster.
+    plain = sdpa_kernel(SDPBackend.MATH) if default_device().type == "cpu" else contextlib.nullcontext()
+    with plain:
+        trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None)
     module.cpu().eval()
 
 
 def _images(source: Source, size: int) -> tuple[Tensor, Tensor]:
     """Return the training images, uint8 (N, 3, size, size), and their labels, int64 (N,)."""
-    transform = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.RGB(), v2.PILToTensor()])
     train = source.train()
-    images = torch.stack([transform(train[index][0]) for index in range(len(train))])
-    return images, torch.tensor(train.targets)
+    images = torch.empty(len(train), 3, size, size, dtype=torch.uint8)
+    for index in tqdm(range(len(train)), "Reading", unit=" images", dynamic_ncols=True):
+        images[index] = to_pixels(train[index][0], size)
+    return images, torch.as_tensor(train.targets)
 
 
 @torch.no_grad()
@@ -186,9 +237,12 @@ def pretrain(
     batch_size: int = 64,
     vae_lr: float = 1e-3,
     unet_lr: float = 6e-4,
+    compile: bool = False,
     seed: int = 0,
 ) -> Path:
     """Train a small latent diffusion pipeline on a source's training split.
+
+    Unfinished work lies beside the output; the same command goes on from its last checkpoint (every 500 updates).
 
     Args:
         source: the real images; scikit-learn's digits by default.
@@ -201,6 +255,8 @@ def pretrain(
         batch_size: images an update.
         vae_lr: the VAE's peak learning rate.
         unet_lr: the U-Net's peak learning rate.
+        compile: compile the models with `torch.compile`: some minutes first, a fifth less time for each update. Needs
+            a C++ compiler on a CPU.
         seed: decides the initial weights, the batches and the noise.
 
     Returns:
@@ -214,8 +270,7 @@ def pretrain(
     for name, channels, step in (("vae_channels", vae_channels, 16), ("unet_channels", unet_channels, 32)):
         if not channels or any(channel < 1 or channel % step for channel in channels):
             raise InputError(f"`{name}` is {list(channels)}; it must be multiples of {step}, one a level.")
-    downsampling = 2 ** (len(vae_channels) - 1)
-    multiple = downsampling * 2 ** (len(unet_channels) - 1)
+    multiple = 2 ** (len(vae_channels) - 1 + len(unet_channels) - 1)
     if image_size % multiple:
         raise InputError(
             f"`image_size` is {image_size}; {len(vae_channels)} VAE and {len(unet_channels)} U-Net levels halve it to "
@@ -231,28 +286,78 @@ def pretrain(
         raise InputError(f"`output` is {str(output)!r}, which exists; name a new folder or remove it.")
     make_writable(output.resolve().parent, "output")
 
-    L.seed_everything(seed)
+    options = [image_size, list(vae_channels), list(unet_channels), vae_steps, unet_steps, batch_size, vae_lr, unet_lr]
+    decides = [source.fingerprint, list(source.classes), source.flip, *options, seed]
+    partial = output.with_name(f"{output.name}.partial")
+    work = partial / hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
+    work.mkdir(parents=True, exist_ok=True)
+
     images, labels = _images(source, image_size)
     if source.flip:
         images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
+    if not (work / "vae").exists():
+        L.seed_everything(seed, verbose=False)
+        vae = _new_vae(image_size, vae_channels)
+        module = AutoencoderTraining(vae, images, batch_size, vae_lr, seed)
+        _train(module, vae_steps, [RunProgress("VAE")], work / "vae.ckpt", compile)
+        sample = images[:: max(1, len(images) // SCALE_SAMPLE)]
+        scale = round(1 / _latents(vae, sample, batch_size).std().item(), 5)
+        vae.register_to_config(scaling_factor=scale)
+        vae.save_pretrained(work / "vae.unfinished")
+        (work / "vae.unfinished").replace(work / "vae")
+    vae = AutoencoderKL.from_pretrained(work / "vae")
+    latents = _latents(vae, images, batch_size) * vae.config.scaling_factor
 
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * len(vae_channels),
-        up_block_types=["UpDecoderBlock2D"] * len(vae_channels),
-        block_out_channels=list(vae_channels),
+    L.seed_everything(seed, verbose=False)
+    tokenizer = byte_tokenizer()
+    text_encoder = _new_text_encoder(tokenizer)
+    unet = _new_unet(latents.shape[-1], unet_channels, text_encoder.config.hidden_size)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,  # Stable Diffusion's schedule
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    # A decay that leaves e**-10 of the initial weights, however short the run.
+    ema = get_ema_multi_avg_fn(max(0.0, min(0.999, 1 - 10 / unet_steps)))
+    prompt_ids = tokenize(tokenizer, [*source.classes, ""])
+    tensors = (latents, labels)
+    denoiser = DenoiserTraining(unet, text_encoder, scheduler, prompt_ids, tensors, batch_size, unet_lr, seed)
+    callbacks = [RunProgress("U-Net"), WeightAveraging(multi_avg_fn=ema)]
+    _train(denoiser, unet_steps, callbacks, work / "unet.ckpt", compile)
+
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(work / "pipeline")
+    (work / "pipeline").replace(output)
+    shutil.rmtree(partial)
+    return output
+
+
+def _new_vae(image_size: int, channels: Sequence[int]) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * len(channels),
+        up_block_types=["UpDecoderBlock2D"] * len(channels),
+        block_out_channels=list(channels),
         latent_channels=LATENT_CHANNELS,
         sample_size=image_size,
         norm_num_groups=16,
     )
-    bar = RunProgress("VAE")
-    _train(AutoencoderTraining(vae, vae_lr), TensorDataset(images), vae_steps, batch_size, [bar])
 
-    latents = _latents(vae, images, batch_size)
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    latents *= vae.config.scaling_factor
 
-    tokenizer = byte_tokenizer()
-    text_encoder = CLIPTextModel(
+def _new_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
+    return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -265,40 +370,17 @@ def pretrain(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    unet = UNet2DConditionModel(
-        sample_size=image_size // downsampling,
+
+
+def _new_unet(latent_size: int, channels: Sequence[int], text_width: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=latent_size,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (len(unet_channels) - 1),
-        up_block_types=["CrossAttnUpBlock2D"] * (len(unet_channels) - 1) + ["UpBlock2D"],
-        block_out_channels=list(unet_channels),
+        down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (len(channels) - 1),
+        up_block_types=["CrossAttnUpBlock2D"] * (len(channels) - 1) + ["UpBlock2D"],
+        block_out_channels=list(channels),
         layers_per_block=1,
-        cross_attention_dim=text_encoder.config.hidden_size,
+        cross_attention_dim=text_width,
         attention_head_dim=4,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,  # Stable Diffusion's schedule
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    module = DenoiserTraining(unet, text_encoder, scheduler, tokenize(tokenizer, [*source.classes, ""]), unet_lr)
-    # A decay that leaves e**-10 of the initial weights, however short the run.
-    ema = EMAWeightAveraging(decay=max(0.0, min(0.999, 1 - 10 / unet_steps)))
-    _train(module, TensorDataset(latents, labels), unet_steps, batch_size, [RunProgress("U-Net"), ema])
-
-    pipeline = StableDiffusionPipeline(
-        vae=vae.half(),
-        text_encoder=text_encoder.half(),
-        tokenizer=tokenizer,
-        unet=unet.half(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(output)
-    return output

@@ -24,7 +24,7 @@ class Prototypes:
 
 
 def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
-    """Return k prototypes of one class.
+    """Return k prototypes of one class, fewer where it has fewer different latents.
 
     The learning rate of a centre is 1/|its cluster so far| (Sculley, WWW 2010), as in the paper. The authors'
     code feeds chunks of about k latents, which leaves most centres on single images; this fits all latents. A centre
@@ -32,7 +32,7 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
     mean of its own cluster.
 
     Args:
-        latents: the latents of every image of the class, float32, shape (N, C, h, w), N >= k.
+        latents: the latents of every image of the class, float32, shape (N, C, h, w), N >= 1.
         k: number of prototypes.
         seed: decides the initial centres and the batches.
     """
@@ -40,13 +40,13 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
 
     points = latents.flatten(1).numpy()
     random_state = np.random.RandomState(np.random.PCG64(seed))
-    means = MiniBatchKMeans(k, batch_size=BATCH_SIZE, n_init=INITIALISATIONS, random_state=random_state)
-    members = means.fit_predict(points)
-    sizes = np.bincount(members, minlength=k)
-    centres = means.cluster_centers_.astype(np.float32)
-    for index in np.flatnonzero(sizes):
-        centres[index] = points[members == index].mean(0)
-    largest_first = np.argsort(-sizes, kind="stable")
-    centres = centres[largest_first]
+    if len(points) > k:
+        means = MiniBatchKMeans(k, batch_size=BATCH_SIZE, n_init=INITIALISATIONS, random_state=random_state)
+        members = means.fit_predict(points)
+    else:
+        members = np.unique(points, axis=0, return_inverse=True)[1]  # each different latent is a cluster
+    sizes = np.bincount(members)
+    largest_first = [index for index in np.argsort(-sizes, kind="stable") if sizes[index]]
+    centres = np.stack([points[members == index].mean(0) for index in largest_first])
     weights = (sizes[largest_first] / len(points)).astype(np.float32)
-    return Prototypes(torch.from_numpy(centres).view(k, *latents.shape[1:]), torch.from_numpy(weights))
+    return Prototypes(torch.from_numpy(centres).view(-1, *latents.shape[1:]), torch.from_numpy(weights))

@@ -2,9 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
 
 from d4m_plugin.errors import InputError
 from d4m_plugin.sources import Source
+from d4m_plugin.sources.images import Resize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +27,13 @@ class Recipe:
         num_inference_steps: steps of the whole schedule, of which int(steps · strength) are made.
         scheduler: a diffusers scheduler class, such as PNDMScheduler; the model's own by default.
         prompt: what the model is told, with `{name}` for the class name.
+        class_names: what the prompt says for a class in place of its name: a mapping from names or label numbers, or
+            a YAML or JSON file of one.
         negative_prompt: what it is led away from.
         resolution: edge in pixels that the model works at; the model's own by default.
+        resize: how real images that are not square become so: `crop` cuts the middle out, `squash` (the authors' way)
+            changes the shape.
+        max_images_per_class: real images of a class to encode, drawn by `seed`; all by default.
         image_size: edge in pixels of the images that are kept; the source's by default.
         seed: decides the clustering and the noise.
 
@@ -40,13 +50,23 @@ class Recipe:
     num_inference_steps: int = 50
     scheduler: str | None = None
     prompt: str = "{name}"
+    class_names: dict[str, str] | str | None = None
     negative_prompt: str = ""
     resolution: int | None = None
+    resize: Resize = "crop"
+    max_images_per_class: int | None = None
     image_size: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("ipc", "prototypes", "num_inference_steps", "resolution", "image_size"):
+        for name in (
+            "ipc",
+            "prototypes",
+            "num_inference_steps",
+            "resolution",
+            "max_images_per_class",
+            "image_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"`{name}` is {value}; it must be at least 1.")
@@ -70,11 +90,26 @@ class Recipe:
             )
         if "{name}" not in self.prompt:
             raise InputError(f"`prompt` is {self.prompt!r}; it must contain {{name}}, for the class name.")
+        if self.resize not in ("crop", "squash"):
+            raise InputError(f"`resize` is {self.resize!r}; use crop or squash.")
+        if isinstance(self.class_names, str):
+            object.__setattr__(self, "class_names", _read_names(Path(self.class_names)))
 
     def resolved(self, source: Source) -> "ResolvedRecipe":
-        """Return the recipe with the source's defaults filled in."""
+        """Return the recipe with the source's defaults filled in.
+
+        Raises:
+            InputError: where `class_names` names a class that the source has not.
+        """
+        assert not isinstance(self.class_names, str)  # __post_init__ read the file
+        known = {*source.classes, *map(str, range(len(source.classes)))}
+        names = self.class_names or {}
+        for name in names:
+            if name not in known:
+                raise InputError(f"`class_names` has {name!r}, which is no class of {source.name} and no label number.")
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
         values["prototypes"] = self.prototypes or _default_prototypes(self.ipc)
+        values["class_names"] = names
         values["diffusion"] = self.diffusion or source.diffusion
         values["image_size"] = self.image_size or source.image_size
         return ResolvedRecipe(**values)
@@ -84,10 +119,6 @@ class Recipe:
         """The set's name beside others of its source: `ipc-10`."""
         return f"ipc-{self.ipc}"
 
-    def prompt_of(self, name: str) -> str:
-        """Return the prompt of a class."""
-        return self.prompt.replace("{name}", name)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResolvedRecipe(Recipe):
@@ -95,7 +126,23 @@ class ResolvedRecipe(Recipe):
 
     prototypes: int
     diffusion: str
+    class_names: dict[str, str]
     image_size: int
+
+    def prompts(self, classes: Sequence[str]) -> list[str]:
+        """Return the prompt of each class."""
+        names = [self.class_names.get(name, self.class_names.get(str(n), name)) for n, name in enumerate(classes)]
+        return [self.prompt.replace("{name}", name) for name in names]
+
+
+def _read_names(path: Path) -> dict[str, str]:
+    try:
+        names = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"`class_names` is {str(path)!r}, which cannot be read: {error}") from error
+    if not isinstance(names, dict):
+        raise InputError(f"`class_names` is {str(path)!r}, which holds no mapping from class names to names.")
+    return {str(name): str(value) for name, value in names.items()}
 
 
 def _default_prototypes(ipc: int) -> int:

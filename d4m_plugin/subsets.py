@@ -1,7 +1,9 @@
 """Subsets of the real images: the baselines that a distilled set has to beat."""
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from d4m_plugin.errors import InputError
 from d4m_plugin.seeding import generator_of
@@ -20,26 +22,33 @@ def random_subset(source: Source, ipc: int, seed: int) -> LabelledImages:
         InputError: where a class has fewer images.
     """
     train = source.train()
-    targets = torch.tensor(train.targets)
-    chosen: list[int] = []
-    for label, name in enumerate(source.classes):
+    counts = torch.as_tensor(train.targets).bincount(minlength=len(source.classes)).tolist()
+    for name, count in zip(source.classes, counts, strict=True):
+        if count < ipc:
+            raise InputError(f"`ipc` is {ipc}, but class {name!r} has {count} images; lower it.")
+    return at_most(train, ipc, seed)
+
+
+def at_most(images: LabelledImages, per_class: int, seed: int) -> "Chosen":
+    """Return images of which each class has no more than `per_class`, class by class, drawn by `seed`."""
+    targets = torch.as_tensor(images.targets)
+    chosen = []
+    for label in targets.unique().tolist():
         members = (targets == label).nonzero().flatten()
-        if len(members) < ipc:
-            raise InputError(f"`ipc` is {ipc}, but class {name!r} has {len(members)} images; lower it.")
         order = torch.randperm(len(members), generator=generator_of(seed, label))
-        chosen += members[order[:ipc]].tolist()
-    return _Chosen(train, chosen)
+        chosen.append(members[order[:per_class]])
+    return Chosen(images, torch.cat(chosen))
 
 
-class _Chosen:
+class Chosen:
     """Some of a dataset's images."""
 
-    def __init__(self, images: LabelledImages, indices: list[int]) -> None:
-        self.images, self.indices = images, indices
-        self.targets = [images.targets[index] for index in indices]
+    def __init__(self, images: LabelledImages, indices: Tensor) -> None:
+        self.images, self.indices = images, indices.numpy()
+        self.targets = np.asarray(images.targets)[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[self.indices[index]]
+        return self.images[int(self.indices[index])]

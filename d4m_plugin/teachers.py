@@ -11,13 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 from d4m_plugin.diffusion import ASSETS, EMBEDDED
 from d4m_plugin.errors import InputError
 from d4m_plugin.models.students import create_student
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import Source
+from d4m_plugin.sources.images import to_pixels
 
 CHANCE_SAMPLE = 256  # real images that a teacher is tried on
 
@@ -74,17 +74,29 @@ def load_teacher(teacher: str | Path | Teacher, source: Source) -> Teacher:
         InputError: where there is no such teacher, or a class of the source is not among its classes.
     """
     found = teacher if isinstance(teacher, Teacher) else _open(str(teacher), source)
-    missing = [name for name in source.classes if name not in found.classes]
+    order, missing = _order(source.classes, found.classes)
     if missing:
         raise InputError(
             f"`teacher` is {_named(teacher)!r}, which does not know {len(missing)} of {len(source.classes)} classes of "
             f"{source.name}, such as {missing[0]!r}; use a teacher trained on them (`train_on: real`)."
         )
-    order = [found.classes.index(name) for name in source.classes]
     if order == list(range(len(found.classes))):
         return found
     model = nn.Sequential(found.model, _Columns(order))
     return Teacher(model, source.classes, found.image_size, found.mean.flatten().tolist(), found.std.flatten().tolist())
+
+
+def _order(wanted: Sequence[str], known: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Return where each wanted class stands among the known ones, and the wanted ones that do not.
+
+    The second of two classes of one name is the second that the teacher knows by it.
+    """
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(known):
+        places.setdefault(name, []).append(place)
+    found = [places[name].pop(0) if places.get(name) else None for name in wanted]
+    missing = [name for name, place in zip(wanted, found, strict=True) if place is None]
+    return [place for place in found if place is not None], missing
 
 
 class _Columns(nn.Module):
@@ -186,11 +198,9 @@ def check_above_chance(teacher: Teacher, source: Source) -> None:
     """
     images = source.test()
     chosen = torch.randperm(len(images), generator=generator_of(0))[:CHANCE_SAMPLE].tolist()
-    resize = [v2.Resize(teacher.image_size), v2.CenterCrop(teacher.image_size), v2.RGB(), v2.PILToTensor()]
-    transform = v2.Compose([*resize, v2.ToDtype(torch.float32, scale=True)])
-    pixels = torch.stack([transform(images[index][0]) for index in chosen])
-    labels = torch.tensor([images.targets[index] for index in chosen])
-    accuracy = (teacher(pixels).argmax(1) == labels).float().mean().item()
+    pixels = torch.stack([to_pixels(images[index][0], teacher.image_size) for index in chosen])
+    labels = torch.as_tensor(images.targets)[chosen]
+    accuracy = (teacher(pixels / 255).argmax(1) == labels).float().mean().item()
     chance = 1 / len(source.classes)
     if accuracy < chance + 3 * math.sqrt(chance * (1 - chance) / len(chosen)):
         raise InputError(

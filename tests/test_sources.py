@@ -1,47 +1,102 @@
 import pickle
 
+import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
 
-from d4m_plugin import CIFAR10, ImageFolder, ImageNet, InputError
+from d4m_plugin import CIFAR10, CIFAR100, HuggingFace, ImageFolder, ImageNet, InputError, TinyImageNet
+from d4m_plugin.errors import InputWarning
+from d4m_plugin.sources.names import imagenet_ids, readable, wordnet
 
 
-def make_folder(root, **splits):
-    """Write folders by split and class with one image each; the image's grey level is its class's number."""
+def make_folder(root, count=1, **splits):
+    """Write folders by split and class; an image's grey level is its class's number."""
     for split, classes in splits.items():
         for level, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
-            Image.new("L", (20, 10), level).save(root / split / name / "image.png")
+            for number in range(count):
+                Image.new("L", (20, 10), level).save(root / split / name / f"{number}.png")
     return root
 
 
 @pytest.mark.parametrize("test", ["val", "validation", "test"])
 def test_folders_are_classes_in_the_order_of_the_labels(tmp_path, test):
-    source = ImageFolder(make_folder(tmp_path, train=["b", "a_b"], **{test: ["b", "a_b"]}), image_size=8)
+    source = ImageFolder(make_folder(tmp_path, train=["b", "a_b"], **{test: ["b", "a_b"]}))
     assert list(source.classes) == ["a b", "b"]
-    assert source.train().targets == source.test().targets == [0, 1]
+    assert source.train().targets.tolist() == source.test().targets.tolist() == [0, 1]
     image, label = source.train()[0]
     assert (image.mode, image.getpixel((0, 0)), label) == ("RGB", (1, 1, 1), 0)  # a_b was written second
+    assert source.image_size == 10
 
 
-def test_splits_of_other_classes_are_refused(tmp_path):
-    source = ImageFolder(make_folder(tmp_path, train=["a", "b", "c"], val=["b", "c"]))
-    with pytest.raises(InputError, match="train and val differ in the class folders a;"):
-        source.test()
+def test_where_there_are_no_splits_a_stratified_share_is_set_apart(tmp_path):
+    make_folder(tmp_path, 10, photos=["cat", "dog", "owl"])
+    (tmp_path / "photos" / "lone").mkdir()
+    Image.new("L", (20, 10)).save(tmp_path / "photos" / "lone" / "0.png")
+    source = ImageFolder(tmp_path / "photos", test_share=0.3)
+    train, test = source.train(), source.test()
+    assert np.bincount(train.targets).tolist() == [7, 7, 1, 7]  # the only image of a class stays
+    assert np.bincount(test.targets, minlength=4).tolist() == [3, 3, 0, 3]
+    names = {*train.names.to_pylist()} & {*test.names.to_pylist()}
+    assert not names
+    again = ImageFolder(tmp_path / "photos", test_share=0.3)
+    assert again.fingerprint == source.fingerprint
+    assert ImageFolder(tmp_path / "photos", test_share=0.3, split_seed=1).fingerprint != source.fingerprint
 
 
-@pytest.mark.parametrize("splits", [{}, {"train": ["a"]}, {"val": ["a"]}], ids=str)
-def test_a_folder_without_splits_is_named(tmp_path, splits):
-    with pytest.raises(InputError, match=r"`root` is .* which needs the folders train and one of val, test"):
-        ImageFolder(make_folder(tmp_path, **splits))
+@pytest.mark.parametrize("share", [0, 1, -0.1])
+def test_a_share_that_is_none_is_named(tmp_path, share):
+    with pytest.raises(InputError, match=f"`test_share` is {share}; it must be above 0 and below 1"):
+        ImageFolder(make_folder(tmp_path, photos=["a", "b"]) / "photos", test_share=share)
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
-def test_a_broken_image_is_named(tmp_path, content):
-    source = ImageFolder(make_folder(tmp_path, train=["a"], val=["a"]))
-    (tmp_path / "train" / "a" / "image.png").write_bytes(content)
-    with pytest.raises(InputError, match=r"image.png' cannot be read as an image"):
-        source.train()[0]
+def test_a_folder_that_has_no_training_split_asks_for_one(tmp_path):
+    make_folder(tmp_path, validation=["a", "b"], test=["b"])
+    with pytest.raises(InputError, match=r"has the folders validation, test but no train; name .* `train_folder`"):
+        ImageFolder(tmp_path)
+    source = ImageFolder(tmp_path, train_folder="validation")
+    assert (list(source.classes), source.test().targets.tolist()) == (["a", "b"], [1])
+
+
+@pytest.mark.parametrize("option", ["train_folder", "test_folder"])
+def test_a_folder_that_is_not_there_is_named(tmp_path, option):
+    with pytest.raises(InputError, match=f"`{option}` is 'x', but .* has no such folder"):
+        ImageFolder(make_folder(tmp_path, train=["a"], val=["a"]), **{option: "x"})
+    with pytest.raises(InputError, match="`root` is .*, which is no folder"):
+        ImageFolder(tmp_path / "nowhere")
+
+
+def test_a_test_class_that_training_lacks_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"val' has the class folder 'c', which .*train' has not"):
+        ImageFolder(make_folder(tmp_path, train=["a", "b"], val=["b", "c"]))
+
+
+def test_hidden_files_and_others_are_left_out_and_counted(tmp_path):
+    make_folder(tmp_path, train=["a", "b"], val=["a", "b"])
+    for name in (".hidden.png", "Thumbs.db", "notes.txt", "no suffix"):
+        (tmp_path / "train" / "a" / name).write_text("no image")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    with pytest.warns(InputWarning, match="4 files under .*train' are hidden or no images by their names"):
+        source = ImageFolder(tmp_path)
+    assert (list(source.classes), len(source.train())) == (["a", "b"], 2)
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+    (make_folder(tmp_path, train=["a"], val=["a"]) / "train" / "b").mkdir()
+    with pytest.raises(InputError, match=r"class folder '.*train/b' has no images; fill or remove it"):
+        ImageFolder(tmp_path)
+
+
+def test_class_folders_are_searched_to_any_depth_and_names_may_be_any_bytes(tmp_path):
+    make_folder(tmp_path, train=["a/x/y", "a/z"], val=["a"])
+    strange = (str(tmp_path / "train" / "a" / "é 🦆 ").encode() + b"\xff.png").decode("utf-8", "surrogateescape")
+    Image.new("L", (20, 10)).save(tmp_path / "plain.png")
+    (tmp_path / "plain.png").rename(strange)
+    source = ImageFolder(tmp_path)
+    assert [source.train()[index][0].size for index in range(3)] == [(20, 10)] * 3
+    assert source.fingerprint
 
 
 def test_other_images_have_another_fingerprint(tmp_path):
@@ -51,27 +106,179 @@ def test_other_images_have_another_fingerprint(tmp_path):
     assert ImageFolder(tmp_path).fingerprint != before
 
 
+def test_wordnet_ids_become_words():
+    assert readable("n01443537") == "goldfish"
+    assert readable("n01443537", "all") == "goldfish, Carassius auratus"
+    assert readable("n99999999") == "n99999999"
+    assert readable("hen_house") == "hen house"
+    assert len(wordnet()) > 21000
+
+
+def test_imagenet_is_called_as_torchvision_calls_it(tmp_path):
+    """torchvision's own list is the oracle: 1,000 names in the order of the labels."""
+    names = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    assert [readable(each) for each in imagenet_ids()] == names
+    assert sorted(imagenet_ids()) == imagenet_ids()
+    make_folder(tmp_path, train=imagenet_ids(), val=imagenet_ids()[:1])
+    classes = ImageNet(tmp_path).classes
+    assert classes == names
+    assert (classes[134], classes[517]) == ("crane bird", "crane")
+    assert ImageNet(tmp_path, synonyms="all").classes[1] == "goldfish, Carassius auratus"
+
+
 def test_imagenet_needs_its_thousand_folders(tmp_path):
-    with pytest.raises(InputError, match="whose train has 2 folders, not ImageNet's 1,000"):
+    with pytest.raises(InputError, match="whose 2 class folders are not the 1000 WordNet ids of ImageNet-1K"):
         ImageNet(make_folder(tmp_path, train=["n01", "n02"], val=["n01", "n02"]))
 
 
-def test_the_two_cranes_of_imagenet_are_told_apart(tmp_path):
-    ids = [f"n{number:08}" for number in range(1000)]
-    for name in ids:
-        (tmp_path / "train" / name).mkdir(parents=True)
-    (tmp_path / "val").mkdir()
-    classes = ImageNet(tmp_path).classes
-    assert (len(set(classes)), classes[134], classes[517]) == (1000, "crane bird", "crane")
+def test_tiny_imagenet_is_read_as_it_is_distributed(tmp_path):
+    ids = ["n02124075", "n01443537"]  # not in the order of wnids.txt: labels are sorted
+    root = tmp_path / "tiny-imagenet-200"
+    for level, each in enumerate(ids):
+        (root / "train" / each / "images").mkdir(parents=True)
+        Image.new("L", (64, 64), level).save(root / "train" / each / "images" / f"{each}_0.JPEG")
+        (root / "train" / each / f"{each}_boxes.txt").write_text("0 0 1 1")
+    (root / "wnids.txt").write_text("\n".join(ids))
+    (root / "val" / "images").mkdir(parents=True)
+    Image.new("L", (64, 64), 9).save(root / "val" / "images" / "val_0.JPEG")
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02124075\t0\t0\t1\t1\n")
+    source = TinyImageNet(tmp_path)
+    assert list(source.classes) == ["goldfish", "Egyptian cat"]
+    assert source.train()[1][0].getpixel((0, 0)) == (0, 0, 0)
+    image, label = source.test()[0]
+    assert (image.getpixel((0, 0)), label, source.image_size) == ((9, 9, 9), 1, 64)
+    with pytest.raises(InputError, match="where Tiny-ImageNet is not; name its folder or set `download`"):
+        TinyImageNet(root / "train")
 
 
-def test_cifar_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError, match="where CIFAR-10 is not; name its folder or set `download` to true"):
-        CIFAR10(tmp_path).train()
+@pytest.mark.parametrize(("source", "name"), [(CIFAR10, "CIFAR10"), (CIFAR100, "CIFAR100")])
+def test_cifar_that_is_not_there_is_named(tmp_path, source, name):
+    with pytest.raises(InputError, match=f"where {name} is not; name its folder or set `download` to true"):
+        source(tmp_path).train()
+
+
+def test_cifar_100_takes_names_and_order_from_its_own_files(tmp_path, monkeypatch):
+    """The authors' prompts are in the order of the superclasses, the labels in that of the alphabet."""
+    kind = torchvision.datasets.CIFAR100
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    pixels = np.zeros((2, 3072), np.uint8)
+    for split in ("train", "test"):
+        (folder / split).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [1, 0], "coarse_labels": [4, 1]}))
+    names = {"fine_label_names": ["apple", "aquarium_fish"], "coarse_label_names": ["aquatic_mammals", "fish"]}
+    (folder / "meta").write_bytes(pickle.dumps(names))
+    source = CIFAR100(tmp_path)
+    assert list(source.classes) == ["apple", "aquarium fish"]
+    assert [source.train()[0][1], source.test()[1][1]] == [1, 0]
 
 
 def test_sources_can_be_sent_to_other_processes(tmp_path):
     folder = ImageFolder(make_folder(tmp_path, train=["a"], val=["a"]))
-    folder.train()
     assert pickle.loads(pickle.dumps(folder)).classes == folder.classes
-    assert list(pickle.loads(pickle.dumps(CIFAR10(tmp_path))).classes)[:2] == ["airplane", "automobile"]
+    assert pickle.loads(pickle.dumps(CIFAR10(tmp_path))).root == tmp_path
+
+
+class TestHuggingFace:
+    """Datasets written here, as `load_dataset` finds them on the Hub or on a disk."""
+
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path_factory, monkeypatch):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("hf"))
+
+    @staticmethod
+    def write(path, labels, feature=None, column="label", images="image", **more):
+        from datasets import Dataset, Features, Value
+        from datasets import Image as ImageFeature
+
+        pictures = [Image.new("L", (30, 28), index) for index in range(len(labels))]
+        features = {images: ImageFeature(), column: feature or Value("int64")}
+        features |= {name: ImageFeature() for name in more}
+        rows = {images: pictures, column: labels} | more
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict(rows, Features(features)).to_parquet(str(path))
+
+    def test_columns_are_found_by_their_types_and_names_in_the_order_of_the_labels(self, tmp_path):
+        from datasets import ClassLabel
+
+        feature = ClassLabel(names=["zebra", "ape"])
+        self.write(tmp_path / "pets" / "train.parquet", [1, 0, 1], feature, "animal", "photo")
+        self.write(tmp_path / "pets" / "test.parquet", [0], feature, "animal", "photo")
+        source = HuggingFace(tmp_path / "pets")
+        assert (source.classes, source.image_size, source.name) == (["zebra", "ape"], 28, "pets")
+        assert (list(source.train().targets), list(source.test().targets)) == ([1, 0, 1], [0])
+        image, label = source.train()[2]
+        assert (image.mode, image.getpixel((0, 0)), label) == ("RGB", (2, 2, 2), 1)
+
+    def test_labels_with_gaps_and_rows_without_one(self, tmp_path):
+        self.write(tmp_path / "train.parquet", [7, 2, None, 7, -1])
+        self.write(tmp_path / "validation.parquet", [2, 7])
+        source = HuggingFace(tmp_path)
+        assert (source.classes, list(source.train().targets)) == (["2", "7"], [1, 0, 1])
+        assert source.train()[2][0].getpixel((0, 0)) == (3, 3, 3)
+        assert list(source.test().targets) == [0, 1]
+
+    def test_labels_may_be_words(self, tmp_path):
+        from datasets import Value
+
+        self.write(tmp_path / "train.parquet", ["dog", "cat", "dog", "cat"], Value("string"))
+        source = HuggingFace(tmp_path / "train.parquet", test_share=0.5)
+        assert source.classes == ["cat", "dog"]
+        assert (sorted(source.train().targets), sorted(source.test().targets)) == ([0, 1], [0, 1])
+
+    def test_a_test_split_without_labels_does_not_serve(self, tmp_path):
+        self.write(tmp_path / "train.parquet", [0, 0, 0, 1, 1, 1])
+        self.write(tmp_path / "test.parquet", [-1, -1])
+        source = HuggingFace(tmp_path, test_share=0.34)
+        assert (len(source.train()), len(source.test())) == (4, 2)
+
+    def test_a_folder_of_images_is_read_by_the_same_road(self, tmp_path):
+        source = HuggingFace(make_folder(tmp_path, 2, train=["a", "b"], test=["a", "b"]))
+        assert (source.classes, len(source.train()), len(source.test())) == (["a", "b"], 4, 4)
+        assert source.train()[3][0].getpixel((0, 0)) == (1, 1, 1)
+        before = source.fingerprint
+        Image.new("RGB", (20, 11)).save(tmp_path / "train" / "a" / "0.png")
+        assert HuggingFace(tmp_path).fingerprint != before
+
+    def test_other_labels_have_another_fingerprint(self, tmp_path):
+        for name, labels in (("a", [0, 1, 0, 1]), ("b", [1, 0, 1, 0])):
+            self.write(tmp_path / name / "train.parquet", labels)
+        prints = [HuggingFace(tmp_path / name, test_share=0.5).fingerprint for name in ("a", "a", "b")]
+        assert prints[0] == prints[1] != prints[2]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"image_column": "x"}, "`image_column` is 'x', but the columns are image, label"),
+            ({"label_column": "x"}, "`label_column` is 'x', but the columns are image, label"),
+            ({"train_split": "x"}, "`train_split` is 'x', but the splits are train"),
+            ({"test_split": "x"}, "`test_split` is 'x', but the splits are train"),
+        ],
+        ids=str,
+    )
+    def test_what_is_not_there_is_named(self, tmp_path, options, message):
+        self.write(tmp_path / "train.parquet", [0, 1])
+        with pytest.raises(InputError, match=message):
+            HuggingFace(tmp_path, **options)
+
+    def test_what_is_not_to_be_told_is_asked_for(self, tmp_path):
+        self.write(tmp_path / "two" / "train.parquet", [0, 1], mask=[Image.new("L", (3, 3))] * 2)
+        with pytest.raises(InputError, match=r"2 columns hold images \(image, mask\); name one as `image_column`"):
+            HuggingFace(tmp_path / "two")
+        self.write(tmp_path / "other" / "train.parquet", [0, 1], column="kind")
+        with pytest.raises(InputError, match=r"0 columns hold labels \(image, kind\); name one as `label_column`"):
+            HuggingFace(tmp_path / "other")
+        assert HuggingFace(tmp_path / "other", label_column="kind", test_share=0.5).classes == ["0", "1"]
+
+    @pytest.mark.parametrize("path", ["nowhere/at-all", "notes.txt"])
+    def test_what_cannot_be_opened_is_named(self, tmp_path, path):
+        (tmp_path / "notes.txt").write_text("no dataset")
+        with pytest.raises(InputError, match=f"`path` is .*{path}'"):
+            HuggingFace(tmp_path / path if path.endswith("txt") else path)
+
+    def test_workers_read_the_same(self, tmp_path):
+        self.write(tmp_path / "train.parquet", [0, 1] * 8)
+        images = pickle.loads(pickle.dumps(HuggingFace(tmp_path / "train.parquet").train()))
+        loader = torch.utils.data.DataLoader(images, None, num_workers=2)
+        assert [label for _, label in loader] == list(images.targets)

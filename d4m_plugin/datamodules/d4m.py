@@ -4,7 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
 from d4m_plugin.recipe import Recipe
+from d4m_plugin.screening import WithoutBadImages
 from d4m_plugin.sources import Digits, LabelledImages, Source
+from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import random_subset
 
 
@@ -35,6 +38,8 @@ class D4MDataModule(L.LightningDataModule):
         batch_size: images a training batch, at least 1.
         distill_batch_size: images that the diffusion model takes at once; less needs less memory.
         num_workers: processes that load and augment images.
+        skip_bad_images: leave out real images that cannot be read; by default they stop the work.
+        keep_latents: keep what the VAE made of the real images in the cache, for other sets of the same source.
         crop_scale: share of the image's area that a random crop covers, least and most.
         flip: mirror half of the training images; by default where the source says that it does no harm.
         cache_dir: where distilled sets are kept; by default $D4M_CACHE, else ~/.cache/d4m.
@@ -56,6 +61,8 @@ class D4MDataModule(L.LightningDataModule):
         batch_size: int = 100,
         distill_batch_size: int = BLOCK,
         num_workers: int = 0,
+        skip_bad_images: bool = False,
+        keep_latents: bool = False,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: bool | None = None,
         cache_dir: str | Path | None = None,
@@ -77,10 +84,12 @@ class D4MDataModule(L.LightningDataModule):
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise InputError(f"`crop_scale` is {crop_scale}; it must be two shares in (0, 1], the smaller first.")
         self.source = source or Digits()
+        if skip_bad_images:
+            self.source = WithoutBadImages(self.source, resolve_cache_dir(cache_dir), num_workers)
         self.recipe = Recipe(**recipe)
         self.train_on, self.num_workers = train_on, num_workers
         self.batch_size, self.distill_batch_size = batch_size, distill_batch_size
-        self.crop_scale, self.cache_dir = crop_scale, cache_dir
+        self.crop_scale, self.cache_dir, self.keep_latents = crop_scale, cache_dir, keep_latents
         self.flip = self.source.flip if flip is None else flip
         self.num_classes = len(self.source.classes)
         self.image_size = self.recipe.image_size or self.source.image_size
@@ -104,6 +113,7 @@ class D4MDataModule(L.LightningDataModule):
                 cache_dir=self.cache_dir,
                 batch_size=self.distill_batch_size,
                 num_workers=self.num_workers,
+                keep_latents=self.keep_latents,
             )
 
     @cached_property
@@ -130,15 +140,8 @@ class D4MDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Real test images, resized and centre-cropped: nothing here chooses by them, the last epoch counts."""
-        transform = v2.Compose(
-            [
-                v2.RGB(),
-                v2.ToImage(),
-                v2.Resize(self.image_size, antialias=True),
-                v2.CenterCrop(self.image_size),
-                *self._normalise(),
-            ]
-        )
+        square = v2.Lambda(partial(to_pixels, size=self.image_size))
+        transform = v2.Compose([square, *self._normalise()])
         return self._loader(_Transformed(self.source.test(), transform), shuffle=False)
 
     test_dataloader = val_dataloader

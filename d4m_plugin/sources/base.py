@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 from PIL import Image
 
 
@@ -11,7 +12,7 @@ class LabelledImages(Protocol):
     """A torchvision-style dataset of images with integer labels, whose labels are known without decoding."""
 
     @property
-    def targets(self) -> Sequence[int]:
+    def targets(self) -> Sequence[int] | np.ndarray:
         """The label of each image, in order."""
 
     def __len__(self) -> int: ...

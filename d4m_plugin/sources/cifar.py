@@ -17,38 +17,36 @@ class CIFAR10(Source):
     Args:
         root: the folder that torchvision keeps it in.
         download: fetch it where it is not there.
+
+    Raises:
+        InputError: where it is not there, when first read.
     """
 
-    classes: Sequence[str] = (
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    )
+    dataset = torchvision.datasets.CIFAR10
     image_size = 32
     mean = (0.4914, 0.4822, 0.4465)
     std = (0.2470, 0.2435, 0.2616)
 
     def __init__(self, root: str | Path = "data", download: bool = False) -> None:
-        self.root, self.download = Path(root), download
+        self.root, self.download = Path(root).expanduser(), download
 
     def _open(self, train: bool) -> torchvision.datasets.CIFAR10:
         try:
-            return torchvision.datasets.CIFAR10(self.root, train, download=self.download)
+            return self.dataset(self.root, train, download=self.download)
         except RuntimeError as error:
             raise InputError(
-                f"`root` is {str(self.root)!r}, where CIFAR-10 is not; name its folder or set `download` to true."
+                f"`root` is {str(self.root)!r}, where {self.dataset.__name__} is not; name its folder or set "
+                "`download` to true."
             ) from error
 
     @cached_property
     def _train(self) -> torchvision.datasets.CIFAR10:
         return self._open(train=True)
+
+    @cached_property
+    def classes(self) -> Sequence[str]:  # type: ignore[override]  # read from the files, so never in another order
+        """The class names in the order of the labels, as the dataset's own files have it."""
+        return [name.replace("_", " ") for name in self._train.classes]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -64,3 +62,19 @@ class CIFAR10(Source):
         """Return the 10,000 test images."""
         test: LabelledImages = self._open(train=False)
         return test
+
+
+class CIFAR100(CIFAR10):
+    """CIFAR-100: 100 classes of 500 images of 32x32 pixels to train on and 100 to test on (A. Krizhevsky, 2009).
+
+    Args:
+        root: the folder that torchvision keeps it in.
+        download: fetch it where it is not there.
+
+    Raises:
+        InputError: where it is not there, when first read.
+    """
+
+    dataset = torchvision.datasets.CIFAR100
+    mean = (0.5071, 0.4866, 0.4409)
+    std = (0.2673, 0.2564, 0.2762)

@@ -1,81 +1,92 @@
-"""Images in folders by class, through torchvision."""
+"""Images in folders by class."""
 
 import hashlib
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import torchvision
+import numpy as np
+import pyarrow as pa
 from PIL import Image
 
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.sources.base import LabelledImages, Source
+from d4m_plugin.sources.images import natural_size, read_image
+from d4m_plugin.sources.names import Synonyms, imagenet_ids, readable
+from d4m_plugin.sources.splits import carve
 
 TEST_FOLDERS = ("val", "validation", "test")
+TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 class ImageFolder(Source):
-    """Images under `root/train/CLASS/` and `root/val/CLASS/` (or `validation`, `test`).
+    """Images under `root/CLASS/`, or under `root/train/CLASS/` and `root/val/CLASS/` (or `validation`, `test`).
+
+    A class folder is searched to any depth. Hidden files, and files that are no images by their names, are left out
+    and counted. Folders named by WordNet id get words, underscores become spaces.
 
     Args:
         root: the folder.
-        image_size: edge in pixels of the images that students see.
+        image_size: edge in pixels of the images that students see; by default their own, at most 224.
+        train_folder: the folder in `root` of the training split; by default `train`, where it is there.
+        test_folder: the folder in `root` of the images that accuracies are measured on; by default `val`,
+            `validation` or `test`; where none is there, `test_share` of the training images are set apart.
+        test_share: share of each class that is set apart where there is no test folder, in (0, 1).
+        split_seed: decides which images are set apart.
+        synonyms: of WordNet's names, the `first` or `all`.
+
+    Warns:
+        InputWarning: where files are left out.
+
+    Raises:
+        InputError: where a folder is not there, or a class folder has no images.
     """
 
-    def __init__(self, root: str | Path, image_size: int = 224) -> None:
-        self.root, self.image_size = Path(root), image_size
-        tests = [name for name in TEST_FOLDERS if (self.root / name).is_dir()]
-        if not (self.root / "train").is_dir() or not tests:
-            raise InputError(f"`root` is {str(self.root)!r}, which needs the folders train and one of val, test.")
-        self._test_folder = self.root / tests[0]
-        self.classes = self._names()
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int | None = None,
+        train_folder: str | None = None,
+        test_folder: str | None = None,
+        test_share: float = 0.2,
+        split_seed: int = 0,
+        synonyms: Synonyms = "first",
+    ) -> None:
+        self.root = Path(root).expanduser()
+        train, test = _find_splits(self.root, train_folder, test_folder)
+        folders = _class_folders(train)
+        self._train = _index(train, folders)
+        if test is None:
+            kept, apart = carve(self._train.targets, test_share, split_seed)
+            self._train, self._test = self._train.only(kept), self._train.only(apart)
+        else:
+            self._test = _index_test(test, train, folders)
+        self.classes = self._names(folders, synonyms)
+        self.image_size = image_size or natural_size(self._train)
 
-    @cached_property
-    def _train(self) -> torchvision.datasets.ImageFolder:
-        return self._open(self.root / "train")
+    @property
+    def name(self) -> str:
+        """The folder's name, in lower case."""
+        return self.root.resolve().name.lower()
 
-    def _names(self) -> Sequence[str]:
-        folders = sorted(path.name for path in (self.root / "train").iterdir() if path.is_dir())
-        return [folder.replace("_", " ") for folder in folders]
-
-    def _open(self, folder: Path) -> torchvision.datasets.ImageFolder:
-        try:
-            return torchvision.datasets.ImageFolder(folder, loader=_load)
-        except FileNotFoundError as error:
-            raise InputError(f"`root` is {str(self.root)!r}: {error}") from error
+    def _names(self, folders: Sequence[str], synonyms: Synonyms) -> Sequence[str]:
+        return [readable(folder, synonyms) for folder in folders]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the training images' paths and sizes: reading every file would take too long."""
-        digest = hashlib.sha256()
-        for path, _ in self._train.samples:
-            digest.update(f"{Path(path).relative_to(self.root)}\0{Path(path).stat().st_size}\0".encode())
-        return digest.hexdigest()
+        """A hash of the training images' paths, sizes and labels: reading every file would take too long."""
+        return self._train.fingerprint
 
     def train(self) -> LabelledImages:
-        """Return the images under train."""
-        train: LabelledImages = self._train
-        return train
+        """Return the training images."""
+        return self._train
 
     def test(self) -> LabelledImages:
-        """Return the images under val, validation or test."""
-        images = self._open(self._test_folder)
-        if images.classes != self._train.classes:  # labels are the folders' numbers
-            unlike = sorted(set(images.classes) ^ set(self._train.classes))
-            raise InputError(
-                f"`root` is {str(self.root)!r}, whose train and {self._test_folder.name} differ in the class folders "
-                f"{', '.join(unlike[:3])}; they need the same ones."
-            )
-        test: LabelledImages = images
-        return test
-
-
-def _load(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow's for files that are cut off or no images
-        raise InputError(f"{path!r} cannot be read as an image ({error}); mend or remove it.") from error
+        """Return the images that accuracies are measured on."""
+        return self._test
 
 
 class ImageNet(ImageFolder):
@@ -86,11 +97,169 @@ class ImageNet(ImageFolder):
     Args:
         root: the folder.
         image_size: edge in pixels of the images that students see.
+        synonyms: of the names, the `first` or `all`.
+
+    Raises:
+        InputError: where a folder is not there, or the class folders are not ImageNet's.
     """
 
-    def _names(self) -> Sequence[str]:
-        names: Sequence[str] = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
-        folders = len(super()._names())
-        if folders != len(names):
-            raise InputError(f"`root` is {str(self.root)!r}, whose train has {folders} folders, not ImageNet's 1,000.")
-        return names
+    license = "other"
+
+    def __init__(self, root: str | Path, image_size: int = 224, synonyms: Synonyms = "first") -> None:
+        super().__init__(root, image_size, train_folder="train", test_folder="val", synonyms=synonyms)
+
+    def _names(self, folders: Sequence[str], synonyms: Synonyms) -> Sequence[str]:
+        _check_ids(self.root, folders, imagenet_ids(), "ImageNet-1K")
+        return super()._names(folders, synonyms)
+
+
+class TinyImageNet(ImageFolder):
+    """Tiny-ImageNet: 200 classes of 500 training images of 64x64 pixels, and 50 each to test on.
+
+    As it is distributed: `root/tiny-imagenet-200/train/ID/images` and `val/val_annotations.txt`. Its own test images
+    have no labels, so `val` serves.
+
+    Args:
+        root: the folder that holds, or is, `tiny-imagenet-200`.
+        download: fetch it (240 MB) where it is not there.
+        synonyms: of the names, the `first` or `all`.
+
+    Raises:
+        InputError: where it is not there.
+    """
+
+    license = "other"
+
+    def __init__(self, root: str | Path = "data", download: bool = False, synonyms: Synonyms = "first") -> None:
+        base = Path(root).expanduser()
+        folder = base if (base / "wnids.txt").is_file() else base / "tiny-imagenet-200"
+        if download and not folder.is_dir():
+            from torchvision.datasets.utils import download_and_extract_archive
+
+            download_and_extract_archive(TINY_IMAGENET, str(base), md5=TINY_IMAGENET_MD5)
+        if not (folder / "wnids.txt").is_file():
+            raise InputError(
+                f"`root` is {str(root)!r}, where Tiny-ImageNet is not; name its folder or set `download` to true."
+            )
+        self.root, self.image_size = folder, 64
+        ids = _class_folders(folder / "train")
+        _check_ids(folder, ids, sorted((folder / "wnids.txt").read_text().split()), "Tiny-ImageNet")
+        self.classes = [readable(each, synonyms) for each in ids]
+        self._train = _index(folder / "train", [f"{each}/images" for each in ids])
+        lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+        rows = [line.split("\t")[:2] for line in lines]
+        labels = [ids.index(each) for _, each in rows]
+        self._test = _Files(folder / "val" / "images", pa.array([file.encode() for file, _ in rows]), np.array(labels))
+
+
+class _Files:
+    """Image files as labelled images: a few bytes a file in memory, whatever their number."""
+
+    def __init__(self, root: Path, names: pa.Array, targets: np.ndarray) -> None:
+        self.root, self.names, self.targets = root, names, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path = self.root / os.fsdecode(self.names[index].as_py())
+        return read_image(path, str(path)), int(self.targets[index])
+
+    def only(self, chosen: Sequence[int]) -> "_Files":
+        """Return some of them."""
+        return _Files(self.root, self.names.take(pa.array(chosen)), self.targets[chosen])
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of names, sizes and labels."""
+        digest = hashlib.sha256(self.targets.astype(np.int64).tobytes())
+        for name in self.names:
+            size = os.path.getsize(self.root / os.fsdecode(name.as_py()))
+            digest.update(name.as_py() + f"\0{size}\0".encode())
+        return digest.hexdigest()
+
+
+def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) -> tuple[Path, Path | None]:
+    """Return the training folder and the test folder, None where test images have to be set apart."""
+    if not root.is_dir():
+        raise InputError(f"`root` is {str(root)!r}, which is no folder.")
+    for option, folder in (("train_folder", train_folder), ("test_folder", test_folder)):
+        if folder is not None and not (root / folder).is_dir():
+            raise InputError(f"`{option}` is {folder!r}, but {str(root)!r} has no such folder.")
+    tests = [name for name in TEST_FOLDERS if (root / name).is_dir() and name != train_folder]
+    if train_folder is None and (root / "train").is_dir():
+        train_folder = "train"
+    if train_folder is None and tests and set(_class_folders(root)) <= set(TEST_FOLDERS):
+        raise InputError(
+            f"`root` is {str(root)!r}, which has the folders {', '.join(tests)} but no train; name the one to distil "
+            "as `train_folder`."
+        )
+    if train_folder is None:
+        return root, root / test_folder if test_folder else None
+    test_folder = test_folder or (tests[0] if tests else None)
+    return root / train_folder, root / test_folder if test_folder else None
+
+
+def _class_folders(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise InputError(f"`root` has the folder {str(folder)!r}, which holds no class folders.")
+    return names
+
+
+def _index(root: Path, folders: Sequence[str]) -> _Files:
+    """Return the images of class folders, in order; count what else lies there."""
+    suffixes = _image_suffixes()
+    chunks: list[pa.Array] = []
+    left_out = 0
+    for folder in folders:
+        names = []
+        for file in _files_under(root, folder):
+            name = os.path.basename(file)
+            if name.startswith(".") or os.path.splitext(name)[1].lower() not in suffixes:
+                left_out += 1
+            else:
+                names.append(os.fsencode(file))
+        if not names:
+            raise InputError(f"the class folder {str(root / folder)!r} has no images; fill or remove it.")
+        chunks.append(pa.array(names, pa.binary()))
+    targets = np.repeat(np.arange(len(folders)), [len(chunk) for chunk in chunks])
+    if left_out:
+        sentence = f"{left_out} files under {str(root)!r} are hidden or no images by their names; they are left out."
+        warnings.warn(sentence, InputWarning, stacklevel=2)
+    return _Files(root, pa.concat_arrays(chunks), targets)
+
+
+def _index_test(root: Path, train: Path, folders: Sequence[str]) -> _Files:
+    """Return the test images, labelled as the training folders are."""
+    there = _class_folders(root)
+    unknown = sorted(set(there) - set(folders))
+    if unknown:
+        raise InputError(
+            f"{str(root)!r} has the class folder {unknown[0]!r}, which {str(train)!r} has not; they need the same ones."
+        )
+    files = _index(root, there)
+    labels = np.array([folders.index(folder) for folder in there])
+    return _Files(root, files.names, labels[files.targets])
+
+
+def _files_under(root: Path, folder: str) -> Iterator[str]:
+    """Yield the files under a class folder, as paths from `root`, in an order that no file system decides."""
+    for parent, subfolders, files in os.walk(root / folder, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(files):
+            yield os.path.relpath(os.path.join(parent, name), root)
+
+
+def _image_suffixes() -> set[str]:
+    """Return the suffixes of the formats that Pillow reads."""
+    suffixes = Image.registered_extensions()
+    return {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN}
+
+
+def _check_ids(root: Path, folders: Sequence[str], ids: Sequence[str], dataset: str) -> None:
+    if list(folders) != list(ids):
+        raise InputError(
+            f"`root` is {str(root)!r}, whose {len(folders)} class folders are not the {len(ids)} WordNet ids of "
+            f"{dataset}; use ImageFolder for others."
+        )

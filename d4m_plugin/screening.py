@@ -1,0 +1,130 @@
+"""The first pass over real images: files that cannot be read are found before the long work."""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from d4m_plugin.cache import written_whole
+from d4m_plugin.errors import InputError
+from d4m_plugin.sources import LabelledImages, Source
+from d4m_plugin.subsets import Chosen
+
+SHOWN = 5  # bad files that the error itself names
+BATCH = 64  # images that a worker tries before it reports
+
+
+def find_bad(images: LabelledImages, fingerprint: str, cache: Path, num_workers: int) -> tuple[dict[int, str], Path]:
+    """Return what is wrong with each image that cannot be read, by its index, and the file that lists them.
+
+    Args:
+        images: each is read once, ever: what was found is kept, and only what was bad is tried again.
+        fingerprint: names the images in the cache.
+        cache: the cache folder.
+        num_workers: processes that read.
+    """
+    file = cache / "screened" / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.tsv"
+    if file.exists():
+        listed = [int(line.split("\t")[0]) for line in file.read_text(encoding="utf-8").splitlines()]
+    else:
+        listed = _unreadable(images, num_workers)
+    attempts = _Attempts(images)
+    bad = {index: fault for index in listed if (fault := attempts[index])}
+    file.parent.mkdir(exist_ok=True)
+    with written_whole(file) as path:
+        path.write_text("".join(f"{index}\t{fault}\n" for index, fault in bad.items()), encoding="utf-8")
+    return bad, file
+
+
+def _unreadable(images: LabelledImages, num_workers: int) -> list[int]:
+    found: list[int] = []
+    loader = DataLoader(_Attempts(images), BATCH, num_workers=num_workers, collate_fn=list)
+    with tqdm(total=len(images), desc="Checking", unit=" images", dynamic_ncols=True) as progress:
+        for faults in loader:
+            found += [progress.n + place for place, fault in enumerate(faults) if fault]
+            progress.update(len(faults))
+    return found
+
+
+class _Attempts(Dataset[str]):
+    """What is wrong with each image: nothing, or one sentence."""
+
+    def __init__(self, images: LabelledImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.images[index]
+        except InputError as error:
+            return " ".join(str(error).split())
+        return ""
+
+
+def check_images(images: LabelledImages, what: str, fingerprint: str, cache: Path, num_workers: int) -> None:
+    """Refuse images of which some cannot be read.
+
+    Raises:
+        InputError: where one cannot; it names the first few and the file that lists all.
+    """
+    bad, file = find_bad(images, fingerprint, cache, num_workers)
+    if bad:
+        shown = " ".join(list(bad.values())[:SHOWN])
+        more = f" All are listed in {str(file)!r}." if len(bad) > SHOWN else ""
+        raise InputError(
+            f"{len(bad)} of {len(images)} images of {what} cannot be read. {shown}{more} Mend or remove them, or set "
+            "`skip_bad_images` to true to leave them out."
+        )
+
+
+class WithoutBadImages(Source):
+    """A source without the images that cannot be read, of both splits.
+
+    Args:
+        source: the source.
+        cache: the cache folder, where the list of them is kept.
+        num_workers: processes that read images in the first pass.
+    """
+
+    def __init__(self, source: Source, cache: Path, num_workers: int = 0) -> None:
+        self.source, self.cache, self.num_workers = source, cache, num_workers
+        for name in ("classes", "image_size", "mean", "std", "flip", "diffusion", "license", "teacher"):
+            setattr(self, name, getattr(source, name))
+
+    @property
+    def name(self) -> str:
+        """The source's."""
+        return self.source.name
+
+    @property
+    def fingerprint(self) -> str:
+        """The source's."""
+        return self.source.fingerprint
+
+    @cached_property
+    def _train(self) -> tuple[LabelledImages, list[str]]:
+        return self._without_bad(self.source.train(), self.fingerprint)
+
+    @property
+    def skipped(self) -> list[str]:
+        """What is wrong with each training image that is left out."""
+        return self._train[1]
+
+    def train(self) -> LabelledImages:
+        """Return the training images that can be read."""
+        return self._train[0]
+
+    def test(self) -> LabelledImages:
+        """Return the test images that can be read."""
+        return self._without_bad(self.source.test(), f"{self.fingerprint} test")[0]
+
+    def _without_bad(self, images: LabelledImages, fingerprint: str) -> tuple[LabelledImages, list[str]]:
+        bad, _ = find_bad(images, fingerprint, self.cache, self.num_workers)
+        good = torch.ones(len(images), dtype=torch.bool)
+        good[list(bad)] = False
+        return Chosen(images, good.nonzero().flatten()), list(bad.values())

@@ -1,0 +1,210 @@
+"""Whatever `datasets.load_dataset` opens: the Hugging Face Hub, folders and files."""
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from d4m_plugin.errors import InputError
+from d4m_plugin.sources.base import LabelledImages, Source
+from d4m_plugin.sources.images import natural_size, read_image
+from d4m_plugin.sources.splits import carve
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+TEST_SPLITS = ("test", "validation", "val", "valid", "dev")
+TAIL = 32  # bytes of an image file that the fingerprint reads
+FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+
+
+class HuggingFace(Source):
+    """A labelled image dataset of the Hugging Face Hub, or a folder or file that `datasets.load_dataset` opens.
+
+    Rows with no label (null or below 0, as in many Hub datasets' test splits) are left out. The classes are those
+    that the training split has images of.
+
+    Args:
+        path: a Hub id such as `ylecun/mnist`, a folder, or a .parquet, .arrow or .tar file.
+        config: which of several configurations, as `load_dataset` calls `name`.
+        revision: branch, tag or commit of a Hub id.
+        image_column: the column of the images; by default the one of type `Image`.
+        label_column: the column of the labels; by default the one of type `ClassLabel`, else `label` or `labels`.
+        train_split: the split to distil.
+        test_split: the split that accuracies are measured on; by default test, else validation; where there is
+            neither, `test_share` of the training images are set apart.
+        test_share: share of each class that is set apart where there is no test split, in (0, 1).
+        split_seed: decides which images are set apart.
+        image_size: edge in pixels of the images that students see; by default their own, at most 224.
+
+    Raises:
+        InputError: where it cannot be opened, or a column or split is not there or not to be told.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: str | None = None,
+        revision: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        train_split: str = "train",
+        test_split: str | None = None,
+        test_share: float = 0.2,
+        split_seed: int = 0,
+        image_size: int | None = None,
+    ) -> None:
+        self.path, self.config, self.revision = str(path), config, revision
+        splits = _load(self.path, config, revision)
+        train = _split(splits, train_split, "train_split")
+        tests = [name for name in TEST_SPLITS if name in splits and name != train_split]
+        test = _split(splits, test_split, "test_split") if test_split else splits[tests[0]] if tests else None
+
+        image_column = image_column or _image_column(train)
+        label_column = label_column or _label_column(train)
+        for option, column in (("image_column", image_column), ("label_column", label_column)):
+            if column not in train.column_names:
+                raise InputError(f"`{option}` is {column!r}, but the columns are {', '.join(train.column_names)}.")
+        values = _label_values(train, label_column)
+        known = sorted({value for value in values if value is not None})
+        self.classes = _names(train, label_column, known)
+        self._train = _Rows.of(train, image_column, values, known)
+        self._test = None
+        if test is not None:
+            self._test = _Rows.of(test, image_column, _label_values(test, label_column), known)
+        if not self._test:
+            kept, apart = carve(self._train.targets, test_share, split_seed)
+            self._train, self._test = self._train.only(kept), self._train.only(apart)
+        self.image_size = image_size or natural_size(self._train)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, in lower case."""
+        return Path(self.path).stem.lower()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the training labels, and of the images' sizes, last bytes and names: not all is read."""
+        return self._train.fingerprint
+
+    def train(self) -> LabelledImages:
+        """Return the training images."""
+        return self._train
+
+    def test(self) -> LabelledImages:
+        """Return the images that accuracies are measured on."""
+        return self._test
+
+
+class _Rows:
+    """Rows of a dataset as labelled images."""
+
+    def __init__(self, rows: "Dataset", column: str, indices: np.ndarray, labels: np.ndarray) -> None:
+        self.rows, self.column, self.indices, self.targets = rows, column, indices, labels.tolist()
+
+    @classmethod
+    def of(cls, rows: "Dataset", column: str, values: list[Any], known: list[Any]) -> "_Rows":
+        """Return the rows whose label is known."""
+        unknown = sorted({value for value in values if value is not None} - set(known))
+        if unknown:
+            raise InputError(f"the test split has the label {unknown[0]!r}, of which the training split has no image.")
+        label_of = {value: label for label, value in enumerate(known)}
+        labels = np.array([label_of.get(value, -1) for value in values])
+        indices = np.flatnonzero(labels >= 0)
+        import datasets
+
+        return cls(rows.cast_column(column, datasets.Image(decode=False)), column, indices, labels[indices])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        row = int(self.indices[index])
+        image: dict[str, Any] = self.rows[row][self.column]
+        file = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+        return read_image(file, image["path"] or f"row {row}"), self.targets[index]
+
+    def only(self, chosen: Sequence[int]) -> "_Rows":
+        """Return some of them."""
+        return _Rows(self.rows, self.column, self.indices[chosen], np.asarray(self.targets)[chosen])
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of labels, sizes, last bytes (which hold a PNG's checksum) and names."""
+        import pyarrow.compute as pc
+
+        digest = hashlib.sha256(np.asarray(self.targets, np.int64).tobytes())
+        told: list[tuple[int | None, bytes | None, str | None]] = []
+        for chunk in self.rows.with_format("arrow")[:][self.column].chunks:
+            content = chunk.field("bytes")
+            parts = (pc.binary_length(content), pc.binary_slice(content, -TAIL), chunk.field("path"))
+            told += zip(*(part.to_pylist() for part in parts), strict=True)
+        for index in self.indices:
+            size, tail, name = told[index]
+            if size is None and name is not None:  # a file of its own
+                size = os.path.getsize(name)
+            digest.update(f"{size} {tail!r} {Path(name or '').name}\0".encode())
+        return digest.hexdigest()
+
+
+def _load(path: str, config: str | None, revision: str | None) -> "DatasetDict":
+    import datasets
+
+    suffix = Path(path).suffix
+    try:
+        if Path(path).is_file():
+            if suffix not in FILE_BUILDERS:
+                raise InputError(f"`path` is the file {path!r}; it must end in one of {', '.join(FILE_BUILDERS)}.")
+            return datasets.load_dataset(FILE_BUILDERS[suffix], data_files=path)
+        return datasets.load_dataset(path, config, revision=revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"`path` is {path!r}, which `datasets` cannot open: {reason}") from error
+
+
+def _split(splits: "DatasetDict", name: str, option: str) -> "Dataset":
+    if name not in splits:
+        raise InputError(f"`{option}` is {name!r}, but the splits are {', '.join(splits)}.")
+    return splits[name]
+
+
+def _image_column(rows: "Dataset") -> str:
+    import datasets
+
+    found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    if len(found) != 1:
+        raise InputError(
+            f"{len(found)} columns hold images ({', '.join(found or rows.column_names)}); name one as `image_column`."
+        )
+    return found[0]
+
+
+def _label_column(rows: "Dataset") -> str:
+    import datasets
+
+    found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    found = found or [name for name in ("label", "labels") if name in rows.column_names]
+    if len(found) != 1:
+        raise InputError(
+            f"{len(found)} columns hold labels ({', '.join(found or rows.column_names)}); name one as `label_column`."
+        )
+    return found[0]
+
+
+def _label_values(rows: "Dataset", column: str) -> list[Any]:
+    """Return each row's label as it stands there, None where there is none."""
+    values = rows[column][:]
+    return [None if isinstance(value, int) and value < 0 else value for value in values]
+
+
+def _names(rows: "Dataset", column: str, values: list[Any]) -> list[str]:
+    import datasets
+
+    feature = rows.features[column]
+    return [feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else str(value) for value in values]

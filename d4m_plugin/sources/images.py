@@ -1,0 +1,109 @@
+"""From an image file of any kind to the RGB picture that a viewer would show."""
+
+import contextlib
+import warnings
+from pathlib import Path
+from statistics import median
+from typing import IO, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from d4m_plugin.errors import InputError
+from d4m_plugin.sources.base import LabelledImages
+
+LARGEST_NATURAL_SIZE = 224  # pixels; what classifiers of photographs see
+SAMPLE = 100  # images looked at for the natural size
+
+Resize = Literal["crop", "squash"]
+
+
+def read_image(file: str | Path | IO[bytes], name: str) -> Image.Image:
+    """Return an image file's first frame as RGB, upright.
+
+    Args:
+        file: a path, or an open file.
+        name: what an error calls it.
+
+    Raises:
+        InputError: where it is no image, broken, cut off, or above Pillow's limit on pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at twice as many pixels it is an error
+            with Image.open(file) as image:
+                return to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name!r} cannot be read as an image (no format that Pillow knows).") from error
+    except Exception as error:  # Pillow's decoders raise anything on broken files
+        raise InputError(f"{name!r} cannot be read as an image ({error}).") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode as RGB: turned as its EXIF says, transparency over white.
+
+    16-bit and float pictures are scaled to 8 bits, not clipped: integers by the 16-bit range; floats by 255 where
+    they lie in [0, 1], not at all where they lie in [0, 255], else from their own range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    if image.mode == "LAB":
+        return _from_lab(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    floats = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
+    least, most = floats.min(), floats.max()
+    if least >= 0 and values.dtype.kind in "iu" and most <= 65535:
+        scaled = floats / 257
+    elif least >= 0 and values.dtype.kind == "f" and most <= 1:
+        scaled = floats * 255
+    elif least >= 0 and most <= 255:
+        scaled = floats
+    else:
+        scaled = (floats - least) * (255 / (most - least or 1))
+    return scaled.round().astype(np.uint8)
+
+
+def _from_lab(image: Image.Image) -> Image.Image:
+    from PIL import ImageCms
+
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert converted is not None  # None only where it works in place
+    return converted
+
+
+def to_pixels(image: Image.Image, size: int, resize: Resize = "crop") -> Tensor:
+    """Return a picture as a square, uint8, shape (3, size, size), resized with Pillow's bicubic filter.
+
+    Args:
+        image: of any size; only the part that is kept is resized, so a long strip costs no more.
+        size: edge in pixels.
+        resize: `crop` keeps the shape and cuts the middle square out; `squash` keeps all and changes the shape.
+    """
+    width, height = image.size
+    edge = min(width, height)
+    left, top = (width - edge) / 2, (height - edge) / 2
+    box = (left, top, left + edge, top + edge) if resize == "crop" else (0, 0, width, height)
+    square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def natural_size(images: LabelledImages) -> int:
+    """Return the edge in pixels that suits a dataset: its images' median shorter edge, at most 224.
+
+    It is taken from a sample of a hundred; images that cannot be read are passed over.
+    """
+    sizes = []
+    for index in range(0, len(images), max(1, len(images) // SAMPLE)):
+        with contextlib.suppress(InputError):
+            sizes.append(min(images[index][0].size))
+    return min(LARGEST_NATURAL_SIZE, int(median(sizes))) if sizes else LARGEST_NATURAL_SIZE

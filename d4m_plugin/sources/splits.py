@@ -1,0 +1,33 @@
+"""Setting test images apart where a dataset has none."""
+
+from collections.abc import Sequence
+
+import torch
+
+from d4m_plugin.errors import InputError
+from d4m_plugin.seeding import generator_of
+
+
+def carve(targets: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Return the indices of images to keep and of those set apart, each in order.
+
+    Of each class `share` is set apart, rounded, but at least one image where it has two or more, and never all.
+
+    Args:
+        targets: the label of each image.
+        share: in (0, 1).
+        seed: decides which.
+
+    Raises:
+        InputError: where `share` is not a share.
+    """
+    if not 0 < share < 1:
+        raise InputError(f"`test_share` is {share}; it must be above 0 and below 1.")
+    labels = torch.as_tensor(targets)
+    apart = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        count = min(max(round(share * len(members)), 1), len(members) - 1)
+        order = torch.randperm(len(members), generator=generator_of(seed, label))
+        apart[members[order[:count]]] = True
+    return (~apart).nonzero().flatten().tolist(), apart.nonzero().flatten().tolist()

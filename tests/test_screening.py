@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from d4m_plugin import D4MDataModule, ImageFolder, InputError, Recipe, distill
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of ten training and four test files; of the former three are broken, of the latter one."""
+    generator = np.random.default_rng(0)
+    root = tmp_path / "pets"
+    for split, count in (("train", 10), ("test", 4)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(generator.integers(0, 256, (16, 16, 3), np.uint8))
+                image.save(root / split / name / f"{number:02}.jpg")
+    (root / "train" / "cat" / "03.jpg").write_bytes(b"no image")
+    whole = (root / "train" / "dog" / "04.jpg").read_bytes()
+    (root / "train" / "dog" / "04.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "train" / "dog" / "05.jpg").write_bytes(b"")
+    (root / "test" / "dog" / "01.jpg").write_bytes(b"")
+    return root
+
+
+def recipe(random_pipeline):
+    return Recipe(diffusion=str(random_pipeline), ipc=2, num_inference_steps=2, image_size=16)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_files_are_listed_before_the_work(folder, random_pipeline, num_workers, monkeypatch):
+    source = ImageFolder(folder)
+    monkeypatch.setattr("d4m_plugin.distillation.encode", lambda *_: pytest.fail("work began"))
+    with pytest.raises(InputError) as caught:
+        distill(source, recipe(random_pipeline), num_workers=num_workers)
+    message = str(caught.value)
+    assert message.startswith("3 of 20 images of pets cannot be read.")
+    assert all(name in message for name in ("cat/03.jpg", "dog/04.jpg", "dog/05.jpg"))
+    assert "set `skip_bad_images` to true" in message
+
+
+def test_bad_files_can_be_left_out_and_are_recorded(folder, random_pipeline):
+    made = distill(ImageFolder(folder), recipe(random_pipeline), skip_bad_images=True)
+    skipped = made.metadata["source"]["skipped"]
+    assert [next(name for name in ("03", "04", "05") if f"{name}.jpg" in line) for line in skipped] == ["03", "04", "05"]
+    assert made.metadata["source"]["classes"] == ["cat", "dog"]
+
+
+def test_images_are_read_once_and_what_was_mended_is_found_mended(folder, random_pipeline):
+    source = ImageFolder(folder)
+    with pytest.raises(InputError, match="3 of 20"):
+        distill(source, recipe(random_pipeline))
+    for name in ("cat/03.jpg", "dog/05.jpg"):
+        Image.new("RGB", (16, 16)).save(folder / "train" / name)
+    reads = []
+    read, rows = type(source.train()).__getitem__, type(source.train())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "__getitem__", lambda self, index: reads.append(index) or read(self, index))
+        with pytest.raises(InputError, match=r"1 of 20 images of pets cannot be read. .*dog/04.jpg"):
+            distill(source, recipe(random_pipeline))
+    assert len(reads) == 3
+
+
+@pytest.mark.parametrize("train_on", ["real", "random"])
+def test_the_data_module_trains_and_tests_without_bad_files(folder, train_on):
+    data = D4MDataModule(ImageFolder(folder), train_on=train_on, ipc=2, skip_bad_images=True)
+    assert sum(len(labels) for _, labels in data.train_dataloader()) == (17 if train_on == "real" else 4)
+    assert sum(len(labels) for _, labels in data.val_dataloader()) == 7
