@@ -76,10 +76,12 @@ def _help() -> str:
 def _to_the_user(run: Callable[[], None]) -> None:
     in_full = warnings.formatwarning
 
-    def in_short(message: Warning | str, category: type[Warning], *where: Any) -> str:
+    def in_short(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
         if issubclass(category, InputWarning):
             return f"warning: {message}\n"
-        return in_full(message, category, *where)
+        return in_full(message, category, filename, lineno, line)
 
     warnings.formatwarning = in_short
     try:

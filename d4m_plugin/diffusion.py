@@ -76,9 +76,10 @@ class LatentDiffusion:
         return latents.cpu().contiguous()
 
     def cuts(self, prompt: str) -> bool:
-        """Return whether a prompt is longer than the text encoder reads."""
-        tokenizer = self.pipeline.tokenizer
-        return len(tokenizer(prompt).input_ids) > tokenizer.model_max_length
+        """Return whether a prompt is longer than each of the model's text encoders reads."""
+        names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+        tokenizers = [each for name in names if (each := getattr(self.pipeline, name, None))]
+        return all(len(each(prompt, verbose=False).input_ids) > each.model_max_length for each in tokenizers)
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:

@@ -412,7 +412,7 @@ def _assemble(
     folder.mkdir(parents=True)
     classes = list(source.classes)
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for label in range(len(classes)):
         found = load_prototypes(work, label)  # read from disk only when written: they need not fit in memory at once
         tensors |= {f"{label}.latents": found.latents, f"{label}.weights": found.weights}

@@ -113,13 +113,20 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def features_of(classes: list[str]) -> Any:
-    """Return the columns of a set as `datasets.Features`."""
+    """Return the columns of a set as `datasets.Features`, which number the second class of a name: "crane (2)"."""
     from datasets import ClassLabel, Features, Image, Value
 
+    names: dict[str, None] = {}  # in order
+    for name in classes:
+        number, unique = 1, name
+        while unique in names:
+            number += 1
+            unique = f"{name} ({number})"
+        names[unique] = None
     return Features(
         {
             "image": Image(),
-            "label": ClassLabel(names=classes),
+            "label": ClassLabel(names=list(names)),
             "prototype": Value("int32"),
             "weight": Value("float32"),
             "seed": Value("int64"),

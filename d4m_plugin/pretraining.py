@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -176,7 +177,7 @@ class DenoiserTraining(_Training):
         error = self.unet(noised, timesteps, prompts).sample.float() - velocity
         alphas = self.scheduler.alphas_cumprod.to(latents.device)[timesteps]
         weights = (alphas / (1 - alphas)).clamp(max=SNR_CLAMP) * (1 - alphas)
-        loss = (weights * error.square().mean((1, 2, 3))).mean()
+        loss: Tensor = (weights * error.square().mean((1, 2, 3))).mean()
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -199,7 +200,9 @@ def _train(module: _Training, steps: int, callbacks: list[L.Callback], checkpoin
     )
     # On a CPU the flash kernel's backward takes a fifth of the step at these lengths; the plain one is faster.
     plain = sdpa_kernel(SDPBackend.MATH) if default_device().type == "cpu" else contextlib.nullcontext()
-    with plain:
+    with plain, warnings.catch_warnings():
+        for expected in ("Checkpoint directory .* exists and is not empty", "You're resuming from a checkpoint that"):
+            warnings.filterwarnings("ignore", expected)  # as after a kill; no step depends on the loader
         trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None)
     module.cpu().eval()
 

@@ -42,7 +42,7 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
     random_state = np.random.RandomState(np.random.PCG64(seed))
     if len(points) > k:
         means = MiniBatchKMeans(k, batch_size=BATCH_SIZE, n_init=INITIALISATIONS, random_state=random_state)
-        members = means.fit_predict(points)
+        members = _without_empty(points, means.fit_predict(points), k)
     else:
         members = np.unique(points, axis=0, return_inverse=True)[1]  # each different latent is a cluster
     sizes = np.bincount(members)
@@ -50,3 +50,21 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
     centres = np.stack([points[members == index].mean(0) for index in largest_first])
     weights = (sizes[largest_first] / len(points)).astype(np.float32)
     return Prototypes(torch.from_numpy(centres).view(-1, *latents.shape[1:]), torch.from_numpy(weights))
+
+
+def _without_empty(points: np.ndarray, members: np.ndarray, k: int) -> np.ndarray:
+    """Return the cluster of each point, the farthest points from their centres filling clusters that had none.
+
+    Mini-batches can leave a centre with no point of its own; full k-means moves it so. Where the points have fewer
+    than k different values, clusters stay empty.
+    """
+    members = members.copy()
+    for empty in np.flatnonzero(np.bincount(members, minlength=k) == 0):
+        distances = np.zeros(len(points))
+        for each in np.unique(members):
+            own = members == each
+            distances[own] = np.square(points[own] - points[own].mean(0, dtype=np.float64)).sum(1)
+        if distances.max() == 0:
+            break
+        members[distances.argmax()] = empty
+    return members

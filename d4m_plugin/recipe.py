@@ -131,7 +131,8 @@ class ResolvedRecipe(Recipe):
 
     def prompts(self, classes: Sequence[str]) -> list[str]:
         """Return the prompt of each class."""
-        names = [self.class_names.get(name, self.class_names.get(str(n), name)) for n, name in enumerate(classes)]
+        by_number = {key: name for key, name in self.class_names.items() if key not in classes}
+        names = [self.class_names.get(name, by_number.get(str(n), name)) for n, name in enumerate(classes)]
         return [self.prompt.replace("{name}", name) for name in names]
 
 

@@ -41,10 +41,12 @@ def find_bad(images: LabelledImages, fingerprint: str, cache: Path, num_workers:
 
 def _unreadable(images: LabelledImages, num_workers: int) -> list[int]:
     found: list[int] = []
+    tried = 0
     loader = DataLoader(_Attempts(images), BATCH, num_workers=num_workers, collate_fn=list)
     with tqdm(total=len(images), desc="Checking", unit=" images", dynamic_ncols=True) as progress:
         for faults in loader:
-            found += [progress.n + place for place, fault in enumerate(faults) if fault]
+            found += [tried + place for place, fault in enumerate(faults) if fault]
+            tried += len(faults)
             progress.update(len(faults))
     return found
 

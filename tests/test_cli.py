@@ -99,7 +99,7 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
         (["--data.cache_dir", "/dev/null/cache"], "`cache_dir` is '/dev/null/cache'"),
         (
             ["--data.source", "Nonsense"],
-            "`data.source` is 'Nonsense', which is no such class; name one of CIFAR10, Digits",
+            "`data.source` is 'Nonsense', which is no such class; name one of CIFAR10, CIFAR100, Digits, HuggingFace",
         ),
         (["--data.source", "ImageFolder"], "`data.source`: the following arguments are required: root"),
         (["--data", "Nonsense"], "`data` is 'Nonsense'"),

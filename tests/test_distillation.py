@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import hashlib
 import io
@@ -14,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import d4m_plugin.distillation as distillation
 from d4m_plugin import DistilledDataset, InputError, Recipe, distill
+from d4m_plugin.errors import InputWarning
 from d4m_plugin.preview import grid
+from d4m_plugin.subsets import Chosen
+from tests import toys
 from tests.toys import Squares
 
 RECIPE = Recipe(ipc=4, prototypes=2, num_inference_steps=4)
@@ -177,9 +181,10 @@ def test_the_preview_shows_each_class_in_its_row(squares, monkeypatch):
 def test_weights_are_the_clusters_shares(squares):
     dataset = distill(squares, RECIPE)
     saved = load_file(dataset.folder / "prototypes.safetensors")
-    assert saved["latents"].shape == (3, 2, 4, 8, 8)
-    torch.testing.assert_close(saved["weights"].sum(1), torch.ones(3))
-    torch.testing.assert_close(dataset.weights.view(3, 4)[:, :2], saved["weights"])
+    for label in range(3):
+        assert saved[f"{label}.latents"].shape == (2, 4, 8, 8)
+        torch.testing.assert_close(saved[f"{label}.weights"].sum(), torch.tensor(1.0))
+        torch.testing.assert_close(dataset.weights.view(3, 4)[label, :2], saved[f"{label}.weights"])
 
 
 def test_images_are_stored_without_loss_as_png(squares):
@@ -205,7 +210,7 @@ def test_every_stage_can_be_called_alone(squares, random_model, tmp_path):
 def test_encoding_goes_class_by_class_through_any_batch_size(squares, random_model):
     images = squares.train()
     for batch_size in (1, 4, 100):
-        found = dict(distillation.encode(images, [0, 2], random_model, 16, batch_size))
+        found = dict(distillation.encode(images, [0, 2], random_model, 16, batch_size=batch_size))
         pixels = torch.stack([torch.tensor(images.pixels[i]).permute(2, 0, 1) for i in range(18) if i % 3 == 2])
         assert list(found) == [0, 2]
         torch.testing.assert_close(found[2], random_model.encode(pixels), atol=1e-5, rtol=1e-5)
@@ -217,15 +222,123 @@ def test_workers_read_the_same_images(squares, random_model):
     assert all(torch.equal(plain[label], workers[label]) for label in (0, 1))
 
 
-def test_a_class_with_too_few_images_is_named(random_pipeline, squares):
-    with pytest.raises(InputError, match=r"`prototypes` is 10, but class 'red' has 6 images"):
-        distill(squares, Recipe(ipc=10))
+class Uneven(Squares):
+    """Squares of which each class has its own number of images."""
+
+    def __init__(self, *counts: int) -> None:
+        super().__init__(max(counts), tuple("abcdefghij"[: len(counts)]))
+        self.counts = counts
+
+    @property
+    def fingerprint(self) -> str:
+        return f"uneven {self.counts}"
+
+    def train(self):
+        images = super().train()
+        seen = torch.zeros(len(self.counts), dtype=torch.long)
+        chosen = []
+        for index, label in enumerate(images.targets):
+            seen[label] += 1
+            chosen += [index] if seen[label] <= self.counts[label] else []
+        return Chosen(images, torch.tensor(chosen))
 
 
-def test_two_classes_of_one_name_are_refused_before_any_work(random_pipeline, monkeypatch):
+def test_in_a_class_of_few_images_each_becomes_a_prototype(squares, random_model):
+    source = Uneven(7, 3, 1)
+    with pytest.warns(InputWarning, match=r"2 classes have fewer different images than `prototypes`, 4, such as 'b'"):
+        dataset = distill(source, Recipe(ipc=4, num_inference_steps=2))
+    assert dataset.targets == [0] * 4 + [1] * 4 + [2] * 4  # never fewer than ipc
+    assert dataset.metadata["fewer_prototypes"] == {"1": 3, "2": 1}
+    saved = load_file(dataset.folder / "prototypes.safetensors")
+    (_, latents), (_, only) = distillation.encode(source.train(), [1, 2], random_model, 16)
+    torch.testing.assert_close(saved["2.latents"], only, atol=1e-2, rtol=1e-2)
+    assert saved["1.latents"].flatten(1).sum(1).sort().values.tolist() == pytest.approx(
+        latents.flatten(1).sum(1).sort().values.tolist(), abs=0.1
+    )
+    rows = pq.read_table(dataset.folder / "train-00000-of-00001.parquet")
+    assert rows["prototype"].to_pylist() == [0, 1, 2, 3, 0, 1, 2, 0, 0, 0, 0, 0]
+    assert rows["weight"].to_pylist()[8:] == [1.0] * 4
+    assert not torch.equal(dataset.images[8], dataset.images[9])  # further noise
+
+
+def test_imbalance_of_one_to_a_thousand(squares):
+    with pytest.warns(InputWarning, match="1 classes have fewer"):
+        dataset = distill(Uneven(1000, 1), Recipe(ipc=2, num_inference_steps=2))
+    assert (dataset.targets, dataset.metadata["fewer_prototypes"]) == ([0, 0, 1, 1], {"1": 1})
+
+
+def test_a_class_without_images_and_a_single_class_are_named_before_any_work(squares, monkeypatch):
     monkeypatch.setattr(distillation, "LatentDiffusion", None)
-    with pytest.raises(InputError, match="squares has two classes named 'red'"):
-        distill(Squares(classes=("red", "blue", "red")), dataclasses.replace(RECIPE, diffusion=str(random_pipeline)))
+    with pytest.raises(InputError, match=r"class 'b' of uneven \(label 1\) has no training images"):
+        distill(Uneven(2, 0, 2), RECIPE)
+    with pytest.raises(InputError, match="uneven has the one class 'a'; there is nothing to tell apart"):
+        distill(Uneven(2), RECIPE)
+
+
+def test_class_names_of_any_kind_work_and_decide_no_file_or_key(squares):
+    names = ("crane", "crane", "a/b, \"c\"\n'd'", "../..", "鶴 🦆", "x" * 200, "")
+    with pytest.warns(InputWarning, match=r"1 of 7 prompts are longer than .* reads .*'xxxx.*class_names"):
+        dataset = distill(Squares(2, names), Recipe(ipc=2, num_inference_steps=2))
+    assert dataset.classes == list(names)
+    assert dataset.targets == [label for label in range(7) for _ in range(2)]
+    loaded = datasets.load_dataset(str(dataset.root), split="train")
+    assert loaded["label"][:] == dataset.targets
+    assert loaded.features["label"].names == ["crane", "crane (2)", *names[2:]]  # `datasets` wants them unlike
+    assert {path.name for path in dataset.folder.iterdir()} == {
+        "d4m.json",
+        "preview.png",
+        "prototypes.png",
+        "prototypes.safetensors",
+        "train-00000-of-00001.parquet",
+    }
+
+
+def test_what_the_prompt_says_can_be_overridden(squares, tmp_path, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(distillation.LatentDiffusion, "cuts", lambda self, prompt: prompts.append(prompt))
+    (tmp_path / "names.yaml").write_text("red: crimson\n2: a duck\n", encoding="utf-8")
+    recipe = dataclasses.replace(RECIPE, prompt="{name}, photo", class_names=str(tmp_path / "names.yaml"))
+    dataset = distill(squares, recipe)
+    assert prompts == ["crimson, photo", "green / blue, photo", "a duck, photo"]
+    assert dataset.classes == list(squares.classes)  # what the labels are called stays
+    assert dataset.recipe["class_names"] == {"red": "crimson", "2": "a duck"}
+    with pytest.raises(InputError, match="`class_names` has 'rot', which is no class of squares and no label number"):
+        distill(squares, Recipe(class_names={"rot": "red"}))
+
+
+def test_no_more_images_of_a_class_are_encoded_than_asked_for(squares, monkeypatch):
+    read = []
+    get = toys._Squares.__getitem__
+    monkeypatch.setattr("tests.toys._Squares.__getitem__", lambda self, index: read.append(index) or get(self, index))
+    recipe = dataclasses.replace(RECIPE, max_images_per_class=3)
+    first = distill(squares, recipe)
+    assert sorted(collections.Counter(index % 3 for index in set(read)).values()) == [3, 3, 3]
+    assert distill(squares, dataclasses.replace(recipe, seed=1)).images.ne(first.images).any()
+
+
+def test_kept_latents_are_encoded_once_and_give_the_same_set(squares, monkeypatch, tmp_path):
+    without = distill(squares, RECIPE, cache_dir=tmp_path / "without")
+    assert not (tmp_path / "without" / "latents").exists()
+    kept = distill(squares, RECIPE, cache_dir=tmp_path / "cache", keep_latents=True)
+    assert torch.equal(kept.images, without.images)
+    others = [dataclasses.replace(RECIPE, **change) for change in ({"ipc": 1, "prototypes": 1}, {"seed": 1})]
+    expected = [distill(squares, other, cache_dir=tmp_path / "without").images for other in others]
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation.LatentDiffusion, "encode", lambda *_: pytest.fail("encoded again"))
+        found = [distill(squares, other, cache_dir=tmp_path / "cache").images for other in others]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    folders = len(list((tmp_path / "cache" / "latents").iterdir()))
+    distill(squares, dataclasses.replace(RECIPE, resolution=8), cache_dir=tmp_path / "cache", keep_latents=True)
+    assert len(list((tmp_path / "cache" / "latents").iterdir())) == folders + 1
+
+
+def test_an_error_of_clustering_is_not_lost_beside_the_encoding(squares, monkeypatch):
+    def broken(*_):
+        raise ArithmeticError("no centre")
+
+    monkeypatch.setattr(distillation, "cluster", broken)
+    with pytest.raises(ArithmeticError, match="no centre"):
+        distill(squares, RECIPE)
 
 
 def test_an_empty_folder_can_be_the_output(squares, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+import d4m_plugin.pretraining as pretraining
 from d4m_plugin import InputError, LatentDiffusion, Recipe, distill
 from d4m_plugin.pretraining import byte_tokenizer, pretrain, tokenize
 from tests.toys import Squares
@@ -61,6 +62,45 @@ def test_the_same_command_gives_the_same_pipeline(tmp_path):
     first, second = (pretrain(output=tmp_path / name, **options) for name in ("first", "second"))
     for path in first.rglob("*.safetensors"):
         assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
+
+
+def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "STEPS_A_CHECKPOINT", 10)
+    options = {"vae_channels": (16, 16), "unet_channels": (32, 32), "vae_steps": 25, "unet_steps": 35, "batch_size": 4}
+    whole = pretrain(Squares(), tmp_path / "whole", **options)
+    draw, made = pretraining._Training.draw, []
+
+    def killed_at(step):
+        def draws(self):
+            if len(made) == step:
+                raise InterruptedError
+            made.append(type(self).__name__)
+            return draw(self)
+
+        return draws
+
+    for step in (13, 50):  # in the VAE's second ten, and in the U-Net's third after the VAE's last 15
+        monkeypatch.setattr(pretraining._Training, "draw", killed_at(step))
+        with pytest.raises(InterruptedError):
+            pretrain(Squares(), tmp_path / "killed", **options)
+        assert not (tmp_path / "killed").exists()
+    monkeypatch.setattr(pretraining._Training, "draw", killed_at(None))
+    resumed = pretrain(Squares(), tmp_path / "killed", **options)
+    assert len(made) == 25 + 3 + 35 + 2  # what came after the last checkpoint is made twice
+    assert not (tmp_path / "killed.partial").exists()
+    for path in whole.rglob("*.safetensors"):
+        assert path.read_bytes() == (resumed / path.relative_to(whole)).read_bytes()
+
+
+def test_compiled_parts_keep_their_names_and_results(tmp_path, monkeypatch):
+    """`compile` wraps the calls only; a compiler is not needed here."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    options = {"vae_channels": (16, 16), "unet_channels": (32, 32), "vae_steps": 2, "unet_steps": 2, "batch_size": 4}
+    made = [pretrain(Squares(), tmp_path / str(compile), compile=compile, **options) for compile in (False, True)]
+    assert compiled == ["Encoder", "Decoder", "UNet2DConditionModel"]
+    for path in made[0].rglob("*.safetensors"):
+        assert path.read_bytes() == (made[1] / path.relative_to(made[0])).read_bytes()
 
 
 def test_any_class_name_is_told_from_any_other():

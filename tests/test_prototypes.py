@@ -60,3 +60,15 @@ def test_seeds_of_unlike_keys_differ():
     seeds = [seed_of(*key) for key in keys]
     assert len(set(seeds)) == len(keys)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_as_many_prototypes_as_asked_for_where_there_are_as_many_different_latents():
+    """Mini-batches leave centres without a latent of their own; each k must come out all the same."""
+    latents = torch.randn(12, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    for k in range(1, 15):
+        found = cluster(latents, k, seed=0)
+        assert len(found.latents) == len(found.weights) == min(k, 12)
+        assert found.weights.min() >= 1 / 12 - 1e-6
+    twice = torch.cat([latents, latents])
+    assert [len(cluster(twice, k, seed=0).latents) for k in (3, 12)] == [3, 12]
+    assert 12 <= len(cluster(twice, 20, seed=0).latents) < 20  # no two prototypes of one latent, but for rounding

@@ -1,6 +1,7 @@
 import pytest
 
 from d4m_plugin import InputError, Recipe
+from tests.toys import Squares
 
 
 @pytest.mark.parametrize(
@@ -38,4 +39,18 @@ def test_one_full_step_is_enough():
 
 
 def test_the_prompt_takes_any_class_name():
-    assert Recipe(prompt="a {name}, {x}").prompt_of("{name} / 🦆") == "a {name} / 🦆, {x}"
+    recipe = Recipe(prompt="a {name}, {x}").resolved(Squares(classes=("{name} / 🦆", "b")))
+    assert recipe.prompts(["{name} / 🦆", "b"]) == ["a {name} / 🦆, {x}", "a b, {x}"]
+
+
+def test_names_come_before_label_numbers():
+    recipe = Recipe(class_names={"1": "one", "0": "zero"}).resolved(Squares(classes=("a", "0", "b")))
+    assert recipe.prompts(["a", "0", "b"]) == ["a", "zero", "b"]
+
+
+@pytest.mark.parametrize("content", ["- a list", "{broken", None])
+def test_a_file_of_class_names_that_is_none_is_named(tmp_path, content):
+    if content:
+        (tmp_path / "names.yaml").write_text(content)
+    with pytest.raises(InputError, match=r"`class_names` is '.*names.yaml', which (cannot be read|holds no mapping)"):
+        Recipe(class_names=str(tmp_path / "names.yaml"))

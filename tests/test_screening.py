@@ -43,7 +43,11 @@ def test_bad_files_are_listed_before_the_work(folder, random_pipeline, num_worke
 def test_bad_files_can_be_left_out_and_are_recorded(folder, random_pipeline):
     made = distill(ImageFolder(folder), recipe(random_pipeline), skip_bad_images=True)
     skipped = made.metadata["source"]["skipped"]
-    assert [next(name for name in ("03", "04", "05") if f"{name}.jpg" in line) for line in skipped] == ["03", "04", "05"]
+    assert [next(name for name in ("03", "04", "05") if f"{name}.jpg" in line) for line in skipped] == [
+        "03",
+        "04",
+        "05",
+    ]
     assert made.metadata["source"]["classes"] == ["cat", "dog"]
 
 

@@ -75,10 +75,10 @@ class HuggingFace(Source):
         known = sorted({value for value in values if value is not None})
         self.classes = _names(train, label_column, known)
         self._train = _Rows.of(train, image_column, values, known)
-        self._test = None
-        if test is not None:
-            self._test = _Rows.of(test, image_column, _label_values(test, label_column), known)
-        if not self._test:
+        labelled = test and _Rows.of(test, image_column, _label_values(test, label_column), known)
+        if labelled:
+            self._test = labelled
+        else:
             kept, apart = carve(self._train.targets, test_share, split_seed)
             self._train, self._test = self._train.only(kept), self._train.only(apart)
         self.image_size = image_size or natural_size(self._train)
@@ -178,11 +178,7 @@ def _image_column(rows: "Dataset") -> str:
     import datasets
 
     found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    if len(found) != 1:
-        raise InputError(
-            f"{len(found)} columns hold images ({', '.join(found or rows.column_names)}); name one as `image_column`."
-        )
-    return found[0]
+    return _the_only(found, rows, "images", "image_column")
 
 
 def _label_column(rows: "Dataset") -> str:
@@ -190,10 +186,13 @@ def _label_column(rows: "Dataset") -> str:
 
     found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     found = found or [name for name in ("label", "labels") if name in rows.column_names]
+    return _the_only(found, rows, "labels", "label_column")
+
+
+def _the_only(found: list[str], rows: "Dataset", what: str, option: str) -> str:
     if len(found) != 1:
-        raise InputError(
-            f"{len(found)} columns hold labels ({', '.join(found or rows.column_names)}); name one as `label_column`."
-        )
+        columns = ", ".join(found or rows.column_names)
+        raise InputError(f"{len(found)} columns hold {what} ({columns}); name one as `{option}`.")
     return found[0]
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from d4m_plugin.errors import InputError
 from d4m_plugin.seeding import generator_of
 
 
-def carve(targets: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+def carve(targets: Sequence[int] | np.ndarray, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Return the indices of images to keep and of those set apart, each in order.
 
     Of each class `share` is set apart, rounded, but at least one image where it has two or more, and never all.
