@@ -64,7 +64,7 @@ def test_a_folder_that_has_no_training_split_asks_for_one(tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path, option):
     with pytest.raises(InputError, match=f"`{option}` is 'x', but .* has no such folder"):
         ImageFolder(make_folder(tmp_path, train=["a"], val=["a"]), **{option: "x"})
-    with pytest.raises(InputError, match="`root` is .*, which is no folder"):
+    with pytest.raises(InputError, match=r"`root` is .*, which is no folder"):
         ImageFolder(tmp_path / "nowhere")
 
 
