@@ -74,16 +74,7 @@ def _help() -> str:
 
 
 def _to_the_user(run: Callable[[], None]) -> None:
-    in_full = warnings.formatwarning
-
-    def in_short(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-    ) -> str:
-        if issubclass(category, InputWarning):
-            return f"warning: {message}\n"
-        return in_full(message, category, filename, lineno, line)
-
-    warnings.formatwarning = in_short
+    warnings.formatwarning = _in_one_line
     try:
         run()
     except KeyboardInterrupt:
@@ -96,6 +87,20 @@ def _to_the_user(run: Callable[[], None]) -> None:
         if cause is None:
             raise
         _fail(str(cause))
+    finally:
+        warnings.formatwarning = _in_full
+
+
+_in_full = warnings.formatwarning
+
+
+def _in_one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Say a warning about the user's data without the line of code that gave it."""
+    if issubclass(category, InputWarning):
+        return f"warning: {message}\n"
+    return _in_full(message, category, filename, lineno, line)
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -1,7 +1,9 @@
 import csv
+import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import yaml
 
 from d4m_plugin import Digits, cli
+from d4m_plugin.errors import InputWarning
 
 SHORT = ["--data.num_inference_steps", "4", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
 
@@ -131,6 +134,26 @@ def test_a_set_can_be_distilled_alone_and_trained_on(run, tmp_path):
     assert status == 0
     assert str(tmp_path / "set") in out
     assert "Synthesising" not in err
+
+
+@pytest.mark.parametrize("names", ['{"3": "three", "0": "zero"}', "names.yaml"])
+def test_class_names_are_a_mapping_or_a_file(run, names):
+    Path("names.yaml").write_text("3: three\n0: zero\n", encoding="utf-8")
+    words = ["--ipc", "1", "--num_inference_steps", "2", "--max_images_per_class", "5", "--resize", "squash"]
+    status, _, err = run("distill", "--output", "set", "--class_names", names, *words)
+    assert status == 0, err
+    recipe = json.loads(next(Path("set").rglob("d4m.json")).read_text(encoding="utf-8"))["recipe"]
+    assert recipe["class_names"] == {"3": "three", "0": "zero"}
+    assert (recipe["resize"], recipe["max_images_per_class"]) == ("squash", 5)
+
+
+def test_a_warning_about_the_data_is_one_line(capsys):
+    before = warnings.formatwarning
+    cli._to_the_user(
+        lambda: print(warnings.formatwarning(InputWarning("two cats"), InputWarning, "file.py", 1), end="")
+    )
+    assert capsys.readouterr().out == "warning: two cats\n"
+    assert warnings.formatwarning is before
 
 
 def test_the_config_of_a_run_reproduces_it(run):

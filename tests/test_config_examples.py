@@ -1,12 +1,14 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.test_cli import run, table_of  # noqa: F401  # run is a fixture
 
 EXAMPLES = Path(__file__).parent.parent / "config_examples"
 RUN_HERE = {"digits.yaml", "teacher_digits.yaml", "own_module.yaml"}
+OWN_SOURCE = "own_source.yaml"
 NEED_DATA = {"paper_cifar10.yaml", "teacher_cifar10.yaml", "paper_imagenet.yaml"}  # and a GPU
 
 
@@ -16,7 +18,7 @@ def beside_the_examples(cache):
 
 
 def test_every_example_is_tried():
-    assert {path.name for path in EXAMPLES.glob("*.yaml")} == RUN_HERE | NEED_DATA
+    assert {path.name for path in EXAMPLES.glob("*.yaml")} == RUN_HERE | NEED_DATA | {OWN_SOURCE}
 
 
 @pytest.mark.parametrize("name", sorted(RUN_HERE))
@@ -31,6 +33,20 @@ def test_an_example_runs(run, name):  # noqa: F811  # the fixture imported above
             "fit", *short, "--data.train_on", "random", "--matching.teacher", "teachers/digits/last.ckpt"
         )
         assert status == 0, err
+
+
+def test_an_own_source_runs(run):  # noqa: F811  # the fixture imported above
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split in ("train", "test"):
+        arrays[f"{split}_labels"] = np.repeat([0, 1], [3, 9])[:, None].astype(np.uint8)
+        noise = generator.integers(0, 60, (12, 28, 28))
+        arrays[f"{split}_images"] = (noise + 150 * arrays[f"{split}_labels"][..., None]).astype(np.uint8)
+    np.savez("own.npz", **arrays)
+    words = ["--data.source.file", "own.npz", "--data.diffusion", "digits", "--data.num_inference_steps", "2"]
+    status, out, err = run("fit", "--config", f"config_examples/{OWN_SOURCE}", *words, "--trainer.max_steps", "2")
+    assert status == 0, err
+    assert "medmnist-ipc-10" in table_of(out)["distilled set"]
 
 
 @pytest.mark.parametrize("name", sorted(NEED_DATA))

@@ -78,7 +78,7 @@ def test_hidden_files_and_others_are_left_out_and_counted(tmp_path):
     for name in (".hidden.png", "Thumbs.db", "notes.txt", "no suffix"):
         (tmp_path / "train" / "a" / name).write_text("no image")
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
-    with pytest.warns(InputWarning, match="4 files under .*train' are hidden or no images by their names"):
+    with pytest.warns(InputWarning, match="4 of 6 files under .*train' are left out: hidden, or no images"):
         source = ImageFolder(tmp_path)
     assert (list(source.classes), len(source.train())) == (["a", "b"], 2)
 

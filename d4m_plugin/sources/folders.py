@@ -225,7 +225,8 @@ def _index(root: Path, folders: Sequence[str]) -> _Files:
         chunks.append(pa.array(names, pa.binary()))
     targets = np.repeat(np.arange(len(folders)), [len(chunk) for chunk in chunks])
     if left_out:
-        sentence = f"{left_out} files under {str(root)!r} are hidden or no images by their names; they are left out."
+        files = left_out + len(targets)
+        sentence = f"{left_out} of {files} files under {str(root)!r} are left out: hidden, or no images by their names."
         warnings.warn(sentence, InputWarning, stacklevel=2)
     return _Files(root, pa.concat_arrays(chunks), targets)
 

@@ -1,0 +1,142 @@
+"""Is a distilled set better than as many random real images, trained on in the same way?
+
+    python benchmarks/accuracy.py --output benchmarks/digits.jsonl
+    python benchmarks/accuracy.py --source CIFAR10 --source.root data --output benchmarks/cifar10.jsonl \
+        --labels '[soft, hard]' --epochs 500
+
+The runs of a row of the table differ in the images alone. A seed decides the drawn or distilled images, the student's
+initial weights and the batches. The last step counts.
+"""
+
+import json
+import logging
+import math
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jsonargparse import auto_cli
+from PIL import Image
+
+from d4m_plugin import D4MDataModule, Digits, ImageClassifier, LatentDiffusion, Source, TeacherMatching
+from d4m_plugin.devices import trainer_precision
+from d4m_plugin.lightning_cli import DEFAULT_STEPS
+from d4m_plugin.preview import to_pil
+from d4m_plugin.sources import LabelledImages
+from d4m_plugin.sources.images import to_pixels
+
+Arm = Literal["distilled", "random", "round trip", "real"]
+Labels = Literal["soft", "hard"]
+BATCH = 100  # images, as in the paper's supplement
+
+
+class ThroughTheVAE:
+    """Images as the diffusion model's VAE gives them back: what its reconstruction alone costs."""
+
+    def __init__(self, images: LabelledImages, model: LatentDiffusion) -> None:
+        self.targets = images.targets
+        pixels = torch.stack([to_pixels(images[index][0], model.resolution) for index in range(len(images))])
+        self.pixels = torch.cat([model.decode(model.encode(batch)) for batch in pixels.split(BATCH)])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return to_pil(self.pixels[index]), int(self.targets[index])
+
+
+def accuracy(
+    source: Source, arm: Arm, labels: Labels, ipc: int, seed: int, steps: int, teacher: str, recipe: dict[str, Any]
+) -> float:
+    """Return the accuracy of one run on the real test images."""
+    L.seed_everything(seed, verbose=False)
+    drawn = "random" if arm == "round trip" else arm
+    data = D4MDataModule(source, train_on=drawn, ipc=ipc, seed=seed, batch_size=BATCH, **recipe)
+    if arm == "round trip":
+        data.training_set = ThroughTheVAE(data.training_set, LatentDiffusion(recipe.get("diffusion", source.diffusion)))
+    student = ImageClassifier(data.num_classes, data.image_size, compile=True)
+    trainer = L.Trainer(
+        max_steps=steps,
+        precision=trainer_precision(),
+        callbacks=[TeacherMatching(teacher if labels == "soft" else None)],
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(student, datamodule=data)
+    return float(trainer.test(student, datamodule=data, verbose=False)[0]["test_accuracy"])
+
+
+def main(
+    source: Source | None = None,
+    output: Path = Path("accuracy.jsonl"),
+    arms: tuple[Arm, ...] = ("distilled", "random", "real"),
+    labels: tuple[Labels, ...] = ("soft",),
+    ipc: tuple[int, ...] = (1, 10),
+    seeds: int = 3,
+    epochs: int | None = None,
+    teacher: str = "auto",
+    recipe: dict[str, Any] | None = None,
+) -> None:
+    """Run what is missing, then print the table.
+
+    Args:
+        source: the real images; scikit-learn's digits by default.
+        output: a row a run; runs that are there are not made again.
+        arms: what is trained on.
+        labels: the teacher's (soft) or the images' own (hard).
+        ipc: images per class.
+        seeds: runs a cell.
+        epochs: passes over the set, as in the paper; by default 500 steps.
+        teacher: as TeacherMatching takes it.
+        recipe: options of the Recipe for the distilled arm.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    source, recipe = source or Digits(), recipe or {}
+    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    done = {key_of(row): row["accuracy"] for row in rows}
+    cells = [(kind, images, arm) for kind in labels for images in ipc for arm in arms]
+    for seed in range(seeds):
+        for kind, images, arm in cells:
+            steps = epochs * math.ceil(images * len(source.classes) / BATCH) if epochs else DEFAULT_STEPS
+            row = {"arm": arm, "labels": kind, "ipc": images, "seed": seed, "steps": steps}
+            row["recipe"] = recipe if arm == "distilled" else {}
+            if key_of(row) in done:
+                continue
+            started = time.perf_counter()
+            row["accuracy"] = round(accuracy(source, arm, kind, images, seed, steps, teacher, recipe), 4)
+            row["seconds"] = round(time.perf_counter() - started, 1)
+            done[key_of(row)] = row["accuracy"]
+            rows.append(row)
+            with output.open("a") as file:
+                file.write(f"{json.dumps(row)}\n")
+            print(row, flush=True)
+    print_table(rows)
+
+
+def key_of(row: dict[str, Any]) -> str:
+    """Return what a run is known by."""
+    return json.dumps([row[name] for name in ("arm", "labels", "ipc", "seed", "steps", "recipe")], sort_keys=True)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print mean and standard deviation over the seeds, %."""
+    cells: dict[tuple[str, int, int, str], list[float]] = {}
+    for row in rows:
+        arm = f"{row['arm']} {row['recipe'] or ''}".strip()
+        cells.setdefault((row["labels"], row["ipc"], row["steps"], arm), []).append(100 * row["accuracy"])
+    for (kind, images, steps, arm), found in sorted(cells.items()):
+        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+        mean = statistics.mean(found)
+        print(f"{kind:<6} ipc {images:<4} {steps:>6} steps  {arm:<40} {mean:5.1f}{spread}  ({len(found)} seeds)")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
