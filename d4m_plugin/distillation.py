@@ -40,6 +40,7 @@ from d4m_plugin.screening import WithoutBadImages, check_images
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Digits, LabelledImages, Source
 from d4m_plugin.sources.images import Resize, to_pixels
+from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import at_most
 
 VERSIONS = ("d4m-plugin", "torch", "diffusers", "transformers", "scikit-learn")
@@ -211,27 +212,23 @@ def _kept_or_encoded(
 
     Nothing is written where there is no such folder.
     """
-    labels = [label for label in _labels(images) if not _class_file(work, label).exists()]
+    counts = {label: len(members) for label, members in members_by_label(images.targets).items()}
+    labels = [label for label in counts if not _class_file(work, label).exists()]
     missing = [label for label in labels if not _class_file(kept, label).exists()]
-    counts = torch.as_tensor(images.targets).bincount()
-    with _progress("Encoding", len(images), done=len(images) - int(counts[labels].sum())) as progress:
+    left = sum(counts[label] for label in labels)
+    with _progress("Encoding", len(images), done=len(images) - left) as progress:
         encoded = encode(images, missing, model, resolution, resize, batch_size, num_workers, progress)
         for label in labels:
             file = _class_file(kept, label)
             if label not in missing:
                 yield label, load_file(file)["latents"]
-                progress.update(int(counts[label]))
+                progress.update(counts[label])
                 continue
             _, latents = next(encoded)
             if kept.is_dir():
                 with written_whole(file) as path:
                     save_file({"latents": latents}, path)
             yield label, latents
-
-
-def _labels(images: LabelledImages) -> list[int]:
-    labels: list[int] = torch.as_tensor(images.targets).unique().tolist()
-    return labels
 
 
 def make_prototypes(
@@ -295,12 +292,8 @@ def encode(
         num_workers: processes that read images; the same ones for all classes.
         progress: a tqdm bar to move on by one for each image.
     """
-    targets = torch.as_tensor(images.targets)
-    batches = [
-        (label, indices.tolist())
-        for label in labels
-        for indices in (targets == label).nonzero().flatten().split(batch_size)
-    ]
+    members = members_by_label(images.targets)
+    batches = [(label, batch.numpy()) for label in labels for batch in members[label].split(batch_size)]
     sampler = [batch for _, batch in batches]
     loader = DataLoader(_Pixels(images, resolution, resize), batch_sampler=sampler, num_workers=num_workers)
     latents: list[Tensor] = []
@@ -323,7 +316,7 @@ class _Pixels(Dataset[Tensor]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return to_pixels(self.images[index][0], self.size, self.resize)
+        return to_pixels(self.images[int(index)][0], self.size, self.resize)
 
 
 def make_images(

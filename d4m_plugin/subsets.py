@@ -8,6 +8,7 @@ from torch import Tensor
 from d4m_plugin.errors import InputError
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import LabelledImages, Source
+from d4m_plugin.sources.splits import members_by_label
 
 
 def random_subset(source: Source, ipc: int, seed: int) -> LabelledImages:
@@ -31,10 +32,8 @@ def random_subset(source: Source, ipc: int, seed: int) -> LabelledImages:
 
 def at_most(images: LabelledImages, per_class: int, seed: int) -> "Chosen":
     """Return images of which each class has no more than `per_class`, class by class, drawn by `seed`."""
-    targets = torch.as_tensor(images.targets)
     chosen = []
-    for label in targets.unique().tolist():
-        members = (targets == label).nonzero().flatten()
+    for label, members in members_by_label(images.targets).items():
         order = torch.randperm(len(members), generator=generator_of(seed, label))
         chosen.append(members[order[:per_class]])
     return Chosen(images, torch.cat(chosen))

@@ -1,12 +1,21 @@
-"""Setting test images apart where a dataset has none."""
+"""The images of each class, and setting test images apart where a dataset has none."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from d4m_plugin.errors import InputError
 from d4m_plugin.seeding import generator_of
+
+
+def members_by_label(targets: Sequence[int] | np.ndarray) -> dict[int, Tensor]:
+    """Return the indices, in order, of the images of each label that occurs, int64, in one sort of all."""
+    labels = torch.as_tensor(targets)
+    counts = labels.bincount()
+    members = labels.argsort(stable=True).split(counts.tolist())
+    return {label: indices for label, indices in enumerate(members) if len(indices)}
 
 
 def carve(targets: Sequence[int] | np.ndarray, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -24,10 +33,8 @@ def carve(targets: Sequence[int] | np.ndarray, share: float, seed: int) -> tuple
     """
     if not 0 < share < 1:
         raise InputError(f"`test_share` is {share}; it must be above 0 and below 1.")
-    labels = torch.as_tensor(targets)
-    apart = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero().flatten()
+    apart = torch.zeros(len(targets), dtype=torch.bool)
+    for label, members in members_by_label(targets).items():
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         order = torch.randperm(len(members), generator=generator_of(seed, label))
         apart[members[order[:count]]] = True
