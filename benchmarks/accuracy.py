@@ -55,7 +55,8 @@ def accuracy(
     """Return the accuracy of one run on the real test images."""
     L.seed_everything(seed, verbose=False)
     drawn = "random" if arm == "round trip" else arm
-    data = D4MDataModule(source, train_on=drawn, ipc=ipc, seed=seed, batch_size=BATCH, **recipe)
+    options = recipe if arm == "distilled" else {}
+    data = D4MDataModule(source, train_on=drawn, ipc=ipc or 1, seed=seed, batch_size=BATCH, **options)
     if arm == "round trip":
         data.training_set = ThroughTheVAE(data.training_set, LatentDiffusion(recipe.get("diffusion", source.diffusion)))
     student = ImageClassifier(data.num_classes, data.image_size, compile=True)
@@ -102,11 +103,14 @@ def main(
     source, recipe = source or Digits(), recipe or {}
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     done = {key_of(row): row["accuracy"] for row in rows}
-    cells = [(kind, images, arm) for kind in labels for images in ipc for arm in arms]
+    cells = [(kind, images, arm) for kind in labels for images in ipc for arm in arms if arm != "real"]
+    cells += [(kind, 0, "real") for kind in labels if "real" in arms]  # in as many steps as the largest set
     for seed in range(seeds):
         for kind, images, arm in cells:
-            steps = epochs * math.ceil(images * len(source.classes) / BATCH) if epochs else DEFAULT_STEPS
-            row = {"arm": arm, "labels": kind, "ipc": images, "seed": seed, "steps": steps}
+            size = (images or max(ipc)) * len(source.classes)
+            steps = epochs * math.ceil(size / BATCH) if epochs else DEFAULT_STEPS
+            row = {"source": source.name, "teacher": teacher if kind == "soft" else None}
+            row |= {"arm": arm, "labels": kind, "ipc": images, "seed": seed, "steps": steps}
             row["recipe"] = recipe if arm == "distilled" else {}
             if key_of(row) in done:
                 continue
@@ -123,7 +127,8 @@ def main(
 
 def key_of(row: dict[str, Any]) -> str:
     """Return what a run is known by."""
-    return json.dumps([row[name] for name in ("arm", "labels", "ipc", "seed", "steps", "recipe")], sort_keys=True)
+    decides = {name: value for name, value in row.items() if name not in ("accuracy", "seconds")}
+    return json.dumps(decides, sort_keys=True)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

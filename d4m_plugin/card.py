@@ -56,7 +56,7 @@ def write_card(folder: Path, config: str, metadata: dict[str, Any]) -> None:
         ipc=recipe["ipc"],
         total=f"{total:,}",
         config=config,
-        recipe="\n".join(f"| {name} | {_cell(value)} |" for name, value in recipe.items()),
+        recipe="\n".join(f"| {name} | {_cell(name, value)} |" for name, value in recipe.items()),
     )
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8")
 
@@ -67,5 +67,9 @@ def _size_category(images: int) -> str:
     return names[min(max(len(str(images)) - 3, 0), 4)]
 
 
-def _cell(value: object) -> str:
-    return "the model's own" if value is None else f"`{value!s}`".replace("|", "\\|").replace("\n", " ")
+def _cell(name: str, value: object) -> str:
+    if value is None:
+        return "all" if name == "max_images_per_class" else "the model's own"
+    if isinstance(value, dict):
+        return f"{len(value)}, in d4m.json" if value else "the source's"
+    return f"`{value!s}`".replace("|", "\\|").replace("\n", " ")

@@ -86,7 +86,7 @@ def _to_the_user(run: Callable[[], None]) -> None:
         cause = _input_error(error)
         if cause is None:
             raise
-        _fail(str(cause))
+        _fail(str(cause).rpartition("InputError: ")[2].strip())  # a loader's worker sends its traceback along
     finally:
         warnings.formatwarning = _in_full
 

@@ -163,20 +163,20 @@ def _distil_into(
     resolution = recipe.resolution or model.resolution
     prompts = recipe.prompts(source.classes)
     _warn_of_cut_prompts(model, prompts)
-    images = source.train()
-    decides = [source.fingerprint, str(len(images))]  # some may be left out
+    images, fingerprint_of_images = source.train(), source.fingerprint
     if recipe.max_images_per_class is not None:
         images = at_most(images, recipe.max_images_per_class, recipe.seed)
-        decides += [str(recipe.max_images_per_class), str(recipe.seed)]
+        fingerprint_of_images += f" {recipe.max_images_per_class} {recipe.seed}"
     if not isinstance(source, WithoutBadImages):
-        check_images(images, source.name, _digest(decides), cache, num_workers)
-    decides += [str(recipe.diffusion_revision), _model_digest(recipe.diffusion) or recipe.diffusion]
-    kept = cache / "latents" / f"{source.name}-{_digest([*decides, str(resolution), recipe.resize])[:12]}"
+        check_images(images, f"training images of {source.name}", fingerprint_of_images, cache, num_workers)
+    weights = [_model_digest(recipe.diffusion) or recipe.diffusion, str(recipe.diffusion_revision), str(model.dtype)]
+    decides = [str(FORMAT), fingerprint_of_images, *weights, str(resolution), recipe.resize]
+    kept = cache / "latents" / f"{source.name}-{_digest(decides)[:12]}"
     if keep_latents:
         kept.mkdir(parents=True, exist_ok=True)
     screened = time.perf_counter()
-    latents = _kept_or_encoded(images, kept, work, model, resolution, recipe.resize, batch_size, num_workers)
-    make_prototypes(work, latents, recipe, source.classes)
+    options = (resolution, recipe.resize, batch_size, num_workers)
+    make_prototypes(work, _kept_or_encoded(images, kept, keep_latents, work, model, *options), recipe)
     clustered = time.perf_counter()
     make_images(work, prompts, recipe, model, batch_size)
     synthesised = time.perf_counter()
@@ -201,6 +201,7 @@ def _warn_of_cut_prompts(model: LatentDiffusion, prompts: list[str]) -> None:
 def _kept_or_encoded(
     images: LabelledImages,
     kept: Path,
+    keep: bool,
     work: Path,
     model: LatentDiffusion,
     resolution: int,
@@ -208,9 +209,9 @@ def _kept_or_encoded(
     batch_size: int,
     num_workers: int,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield each label that has no prototypes in `work` yet with its latents, read from `kept` or written there.
+    """Yield each label that has no prototypes in `work` yet with its latents, read from `kept` where they are there.
 
-    Nothing is written where there is no such folder.
+    Where `keep` is true, those that are not are written there.
     """
     counts = {label: len(members) for label, members in members_by_label(images.targets).items()}
     labels = [label for label in counts if not _class_file(work, label).exists()]
@@ -225,32 +226,23 @@ def _kept_or_encoded(
                 progress.update(counts[label])
                 continue
             _, latents = next(encoded)
-            if kept.is_dir():
+            if keep:
                 with written_whole(file) as path:
                     save_file({"latents": latents}, path)
             yield label, latents
 
 
-def make_prototypes(
-    work: Path, latents: Iterable[tuple[int, Tensor]], recipe: ResolvedRecipe, classes: Sequence[str]
-) -> None:
+def make_prototypes(work: Path, latents: Iterable[tuple[int, Tensor]], recipe: ResolvedRecipe) -> None:
     """Write the prototypes of each class to `work`; one class is clustered while the next is encoded.
 
     Args:
         work: the folder of the run.
         latents: each label with the latents of its images, float32, shape (N, C, h, w).
         recipe: prototypes and seed.
-        classes: the class names, for the warning.
-
-    Warns:
-        InputWarning: where a class has fewer images than prototypes.
     """
-    few: list[int] = []
 
     def finish(label: int, points: Tensor) -> None:
         found = cluster(points, recipe.prototypes, seed_of(recipe.seed, label))
-        if len(found.latents) < recipe.prototypes:
-            few.append(label)
         with written_whole(_class_file(work, label)) as path:
             save_file(dataclasses.asdict(found), path)
 
@@ -262,12 +254,6 @@ def make_prototypes(
             last = beside.submit(finish, label, points)
         if last is not None:
             last.result()
-    if few:
-        sentence = (
-            f"{len(few)} classes have fewer different images than `prototypes`, {recipe.prototypes}, such as "
-            f"{classes[few[0]]!r}: each image is a prototype, and the rest of `ipc` comes from further noise."
-        )
-        warnings.warn(sentence, InputWarning, stacklevel=2)
 
 
 def encode(
@@ -302,8 +288,8 @@ def encode(
         if progress is not None:
             progress.update(len(pixels))
         if position + 1 == len(batches) or batches[position + 1][0] != label:
-            yield label, torch.cat(latents)
-            latents = []
+            whole, latents = torch.cat(latents), []  # one copy in memory while the caller works
+            yield label, whole
 
 
 class _Pixels(Dataset[Tensor]):
@@ -410,6 +396,14 @@ def _assemble(
         found = load_prototypes(work, label)  # read from disk only when written: they need not fit in memory at once
         tensors |= {f"{label}.latents": found.latents, f"{label}.weights": found.weights}
     save_file(tensors, folder / "prototypes.safetensors")
+    fewer = {str(n): k for n in range(len(classes)) if (k := len(tensors[f"{n}.weights"])) < recipe.prototypes}
+    if fewer:
+        sentence = (
+            f"{len(fewer)} of {len(classes)} classes have fewer different images than `prototypes`, "
+            f"{recipe.prototypes}, such as {classes[int(next(iter(fewer)))]!r}: each image is a prototype, and the "
+            "rest of `ipc` comes from further noise."
+        )
+        warnings.warn(sentence, InputWarning, stacklevel=2)
     shown = range(min(len(classes), MAX_ROWS))
     decoded = [model.decode(tensors[f"{label}.latents"][:MAX_COLUMNS]) for label in shown]
     grid(decoded, classes).save(folder / "prototypes.png")
@@ -430,11 +424,7 @@ def _assemble(
             "classes": classes,
             "skipped": source.skipped if isinstance(source, WithoutBadImages) else [],
         },
-        "fewer_prototypes": {
-            str(label): len(tensors[f"{label}.weights"])
-            for label in range(len(classes))
-            if len(tensors[f"{label}.weights"]) < recipe.prototypes
-        },
+        "fewer_prototypes": fewer,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "checksums": checksums(folder),

@@ -24,7 +24,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from d4m_plugin.errors import InputError
 from d4m_plugin.preview import to_pil
 
-FORMAT = 1
+FORMAT = 2
 PARQUET = "train-00000-of-00001.parquet"
 
 

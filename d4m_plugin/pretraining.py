@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -66,6 +67,16 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor
     return ids
 
 
+class _Rows:
+    """Tensors of as many rows each, which the copy of a module that holds them shares."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+
+    def __deepcopy__(self, memo: object) -> "_Rows":
+        return self
+
+
 class _Training(L.LightningModule):
     """Trains on batches that each step draws for itself, with replacement.
 
@@ -76,13 +87,13 @@ class _Training(L.LightningModule):
     def __init__(self, tensors: Sequence[Tensor], batch_size: int, lr: float, seed: int) -> None:
         """Take tensors of as many rows each, of which a batch has `batch_size`, drawn by `seed`."""
         super().__init__()
-        self.tensors, self.batch_size, self.lr, self.seed = tensors, batch_size, lr, seed
+        self.rows, self.batch_size, self.lr, self.seed = _Rows(tensors), batch_size, lr, seed
 
     def draw(self) -> list[Tensor]:
         """Return this step's batch, and seed its noise."""
         torch.manual_seed(seed_of(self.seed, self.global_step))
-        rows = torch.randint(len(self.tensors[0]), (self.batch_size,))
-        return [tensor[rows].to(self.device) for tensor in self.tensors]
+        chosen = torch.randint(len(self.rows.tensors[0]), (self.batch_size,))
+        return [tensor[chosen].to(self.device) for tensor in self.rows.tensors]
 
     def train_dataloader(self) -> DataLoader[int]:
         """Lightning counts steps by a loader; this one's batches are numbers that nobody reads."""
@@ -182,11 +193,20 @@ class DenoiserTraining(_Training):
         return loss
 
 
+class _CheckpointOnTheWay(ModelCheckpoint):
+    """Leaves out the last step: a run that resumed there would end without the weights' average."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Save a checkpoint where one is due."""
+        if trainer.global_step < trainer.max_steps:
+            super().on_train_batch_end(trainer, *args)
+
+
 def _train(module: _Training, steps: int, callbacks: list[L.Callback], checkpoint: Path, compiled: bool) -> None:
     """Make exactly `steps` updates, from `checkpoint` on where there is one."""
     if compiled:
         module.compile_parts()
-    kept = ModelCheckpoint(
+    kept = _CheckpointOnTheWay(
         checkpoint.parent, checkpoint.stem, every_n_train_steps=STEPS_A_CHECKPOINT, enable_version_counter=False
     )
     trainer = L.Trainer(
@@ -310,6 +330,7 @@ def pretrain(
         (work / "vae.unfinished").replace(work / "vae")
     vae = AutoencoderKL.from_pretrained(work / "vae")
     latents = _latents(vae, images, batch_size) * vae.config.scaling_factor
+    del images
 
     L.seed_everything(seed, verbose=False)
     tokenizer = byte_tokenizer()

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -92,8 +93,8 @@ class Recipe:
             raise InputError(f"`prompt` is {self.prompt!r}; it must contain {{name}}, for the class name.")
         if self.resize not in ("crop", "squash"):
             raise InputError(f"`resize` is {self.resize!r}; use crop or squash.")
-        if isinstance(self.class_names, str):
-            object.__setattr__(self, "class_names", _read_names(Path(self.class_names)))
+        if self.class_names is not None:
+            object.__setattr__(self, "class_names", _read_names(self.class_names))
 
     def resolved(self, source: Source) -> "ResolvedRecipe":
         """Return the recipe with the source's defaults filled in.
@@ -136,14 +137,17 @@ class ResolvedRecipe(Recipe):
         return [self.prompt.replace("{name}", name) for name in names]
 
 
-def _read_names(path: Path) -> dict[str, str]:
-    try:
-        names = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"`class_names` is {str(path)!r}, which cannot be read: {error}") from error
-    if not isinstance(names, dict):
-        raise InputError(f"`class_names` is {str(path)!r}, which holds no mapping from class names to names.")
-    return {str(name): str(value) for name, value in names.items()}
+def _read_names(given: dict[Any, Any] | str) -> dict[str, str]:
+    """Return the mapping that is given or that a file holds, sorted, so that equal ones make equal recipes."""
+    names: Any = given
+    if isinstance(given, str):
+        try:
+            names = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"`class_names` is {given!r}, which cannot be read: {error}") from error
+    if not isinstance(names, dict) or None in names.values():
+        raise InputError(f"`class_names` is {given!r}, which holds no mapping from class names to names.")
+    return dict(sorted((str(name), str(value)) for name, value in names.items()))
 
 
 def _default_prototypes(ipc: int) -> int:

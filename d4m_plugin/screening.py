@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -27,23 +28,25 @@ def find_bad(images: LabelledImages, fingerprint: str, cache: Path, num_workers:
         num_workers: processes that read.
     """
     file = cache / "screened" / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.tsv"
-    if file.exists():
-        listed = [int(line.split("\t")[0]) for line in file.read_text(encoding="utf-8").splitlines()]
-    else:
-        listed = _unreadable(images, num_workers)
-    attempts = _Attempts(images)
-    bad = {index: fault for index in listed if (fault := attempts[index])}
     file.parent.mkdir(exist_ok=True)
-    with written_whole(file) as path:
-        path.write_text("".join(f"{index}\t{fault}\n" for index, fault in bad.items()), encoding="utf-8")
+    with FileLock(f"{file}.lock"):  # one process reads, the others wait
+        if file.exists():
+            listed = [int(line.split("\t")[0]) for line in file.read_text(encoding="utf-8").splitlines()]
+        else:
+            listed = _unreadable(images, num_workers)
+        attempts = _Attempts(images)
+        bad = {index: fault for index in listed if (fault := attempts[index])}
+        with written_whole(file) as path:
+            path.write_text("".join(f"{index}\t{fault}\n" for index, fault in bad.items()), encoding="utf-8")
     return bad, file
 
 
 def _unreadable(images: LabelledImages, num_workers: int) -> list[int]:
     found: list[int] = []
     tried = 0
-    loader = DataLoader(_Attempts(images), BATCH, num_workers=num_workers, collate_fn=list)
-    with tqdm(total=len(images), desc="Checking", unit=" images", dynamic_ncols=True) as progress:
+    own = torch.Generator()  # the loader draws from it, and would from the one that training goes on with
+    loader = DataLoader(_Attempts(images), BATCH, num_workers=num_workers, collate_fn=list, generator=own)
+    with tqdm(total=len(images), desc="Checking", unit=" images", dynamic_ncols=True, delay=1) as progress:
         for faults in loader:
             found += [tried + place for place, fault in enumerate(faults) if fault]
             tried += len(faults)
@@ -68,8 +71,22 @@ class _Attempts(Dataset[str]):
         return ""
 
 
+def test_fingerprint(source: Source) -> str:
+    """Return what names a source's test images in the cache."""
+    images = source.test()
+    own = getattr(images, "fingerprint", "")  # of images in files, which may change beside the training split
+    return f"{source.fingerprint} test {len(images)} {own}"
+
+
 def check_images(images: LabelledImages, what: str, fingerprint: str, cache: Path, num_workers: int) -> None:
     """Refuse images of which some cannot be read.
+
+    Args:
+        images: each is read once, ever.
+        what: what the error calls them.
+        fingerprint: names them in the cache.
+        cache: the cache folder.
+        num_workers: processes that read.
 
     Raises:
         InputError: where one cannot; it names the first few and the file that lists all.
@@ -79,7 +96,7 @@ def check_images(images: LabelledImages, what: str, fingerprint: str, cache: Pat
         shown = " ".join(list(bad.values())[:SHOWN])
         more = f" All are listed in {str(file)!r}." if len(bad) > SHOWN else ""
         raise InputError(
-            f"{len(bad)} of {len(images)} images of {what} cannot be read. {shown}{more} Mend or remove them, or set "
+            f"{len(bad)} of {len(images)} {what} cannot be read. {shown}{more} Mend or remove them, or set "
             "`skip_bad_images` to true to leave them out."
         )
 
@@ -95,7 +112,7 @@ class WithoutBadImages(Source):
 
     def __init__(self, source: Source, cache: Path, num_workers: int = 0) -> None:
         self.source, self.cache, self.num_workers = source, cache, num_workers
-        for name in ("classes", "image_size", "mean", "std", "flip", "diffusion", "license", "teacher"):
+        for name in Source.__annotations__:
             setattr(self, name, getattr(source, name))
 
     @property
@@ -105,12 +122,14 @@ class WithoutBadImages(Source):
 
     @property
     def fingerprint(self) -> str:
-        """The source's."""
-        return self.source.fingerprint
+        """The source's where no image is left out, another where some are."""
+        skipped = "\n".join(self.skipped)
+        fingerprint = self.source.fingerprint
+        return hashlib.sha256(f"{fingerprint}{skipped}".encode()).hexdigest() if skipped else fingerprint
 
     @cached_property
     def _train(self) -> tuple[LabelledImages, list[str]]:
-        return self._without_bad(self.source.train(), self.fingerprint)
+        return self._without_bad(self.source.train(), self.source.fingerprint)
 
     @property
     def skipped(self) -> list[str]:
@@ -123,7 +142,7 @@ class WithoutBadImages(Source):
 
     def test(self) -> LabelledImages:
         """Return the test images that can be read."""
-        return self._without_bad(self.source.test(), f"{self.fingerprint} test")[0]
+        return self._without_bad(self.source.test(), test_fingerprint(self.source))[0]
 
     def _without_bad(self, images: LabelledImages, fingerprint: str) -> tuple[LabelledImages, list[str]]:
         bad, _ = find_bad(images, fingerprint, self.cache, self.num_workers)

@@ -88,6 +88,11 @@ def test_exif_turns_a_picture_upright():
     assert (upright.size, pixel(upright, (1, 0))) == ((2, 4), (255, 0, 0))
 
 
+def test_a_picture_with_broken_exif_is_shown_as_it_is():
+    file = saved(Image.new("RGB", (4, 2), (9, 9, 9)), "PNG", exif=b"Exif\x00\x00no tags at all")
+    assert pixel(read_image(file, "image")) == (9, 9, 9)
+
+
 def test_the_first_frame_of_an_animation_counts():
     frames = [Image.new("RGB", (3, 2), colour) for colour in ("red", "lime")]
     assert pixel(read_image(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]), "image")) == (255, 0, 0)

@@ -66,7 +66,7 @@ def test_the_same_command_gives_the_same_pipeline(tmp_path):
 
 def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "STEPS_A_CHECKPOINT", 10)
-    options = {"vae_channels": (16, 16), "unet_channels": (32, 32), "vae_steps": 25, "unet_steps": 35, "batch_size": 4}
+    options = {"vae_channels": (16, 16), "unet_channels": (32, 32), "vae_steps": 25, "unet_steps": 40, "batch_size": 4}
     whole = pretrain(Squares(), tmp_path / "whole", **options)
     draw, made = pretraining._Training.draw, []
 
@@ -79,14 +79,21 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(tmp_path, monkey
 
         return draws
 
-    for step in (13, 50):  # in the VAE's second ten, and in the U-Net's third after the VAE's last 15
+    def full(*_):
+        raise OSError("No space left on device")
+
+    for step in (13, 50):  # in the VAE's second ten, and in the U-Net's third ten
         monkeypatch.setattr(pretraining._Training, "draw", killed_at(step))
         with pytest.raises(InterruptedError):
             pretrain(Squares(), tmp_path / "killed", **options)
         assert not (tmp_path / "killed").exists()
     monkeypatch.setattr(pretraining._Training, "draw", killed_at(None))
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusionPipeline, "save_pretrained", full)
+        with pytest.raises(OSError, match="No space"):  # after the last step
+            pretrain(Squares(), tmp_path / "killed", **options)
     resumed = pretrain(Squares(), tmp_path / "killed", **options)
-    assert len(made) == 25 + 3 + 35 + 2  # what came after the last checkpoint is made twice
+    assert len(made) == 25 + 3 + 40 + 2 + 10  # what came after the last checkpoint is made twice
     assert not (tmp_path / "killed.partial").exists()
     for path in whole.rglob("*.safetensors"):
         assert path.read_bytes() == (resumed / path.relative_to(whole)).read_bytes()

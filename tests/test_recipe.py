@@ -48,7 +48,12 @@ def test_names_come_before_label_numbers():
     assert recipe.prompts(["a", "0", "b"]) == ["a", "zero", "b"]
 
 
-@pytest.mark.parametrize("content", ["- a list", "{broken", None])
+def test_label_numbers_may_be_numbers_and_the_order_does_not_matter():
+    one, other = Recipe(class_names={1: "b", "a": "c"}), Recipe(class_names={"a": "c", "1": "b"})
+    assert list(one.class_names.items()) == list(other.class_names.items()) == [("1", "b"), ("a", "c")]
+
+
+@pytest.mark.parametrize("content", ["- a list", "{broken", "cat:", None])
 def test_a_file_of_class_names_that_is_none_is_named(tmp_path, content):
     if content:
         (tmp_path / "names.yaml").write_text(content)

@@ -1,8 +1,10 @@
+import lightning as L
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from d4m_plugin import D4MDataModule, ImageFolder, InputError, Recipe, distill
+from d4m_plugin import D4MDataModule, ImageClassifier, ImageFolder, InputError, Recipe, distill
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def test_bad_files_are_listed_before_the_work(folder, random_pipeline, num_worke
     with pytest.raises(InputError) as caught:
         distill(source, recipe(random_pipeline), num_workers=num_workers)
     message = str(caught.value)
-    assert message.startswith("3 of 20 images of pets cannot be read.")
+    assert message.startswith("3 of 20 training images of pets cannot be read.")
     assert all(name in message for name in ("cat/03.jpg", "dog/04.jpg", "dog/05.jpg"))
     assert "set `skip_bad_images` to true" in message
 
@@ -58,7 +60,7 @@ def test_images_are_read_once_and_what_was_mended_is_found_mended(folder, random
     read, rows = type(source.train()).__getitem__, type(source.train())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "__getitem__", lambda self, index: reads.append(index) or read(self, index))
-        with pytest.raises(InputError, match=r"1 of 20 images of pets cannot be read. .*dog/04.jpg"):
+        with pytest.raises(InputError, match=r"1 of 20 training images of pets cannot be read. .*dog/04.jpg"):
             distill(source, recipe(random_pipeline))
     assert len(reads) == 3
 
@@ -68,3 +70,43 @@ def test_the_data_module_trains_and_tests_without_bad_files(folder, train_on):
     data = D4MDataModule(ImageFolder(folder), train_on=train_on, ipc=2, skip_bad_images=True)
     assert sum(len(labels) for _, labels in data.train_dataloader()) == (17 if train_on == "real" else 4)
     assert sum(len(labels) for _, labels in data.val_dataloader()) == 7
+
+
+def test_a_bad_test_file_is_named_before_the_long_work(folder, random_pipeline, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.datamodules.d4m.distill", lambda *_, **__: pytest.fail("work began"))
+    data = D4MDataModule(ImageFolder(folder), ipc=2, diffusion=str(random_pipeline))
+    trainer = L.Trainer(max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(InputError, match=r"1 of 8 test images of pets cannot be read. '.*test/dog/01.jpg'"):
+        trainer.fit(ImageClassifier(2, 16), datamodule=data)
+
+
+@pytest.mark.parametrize("train_on", ["real", "random"])
+def test_a_bad_training_file_is_named_when_real_images_are_trained_on(folder, train_on):
+    data = D4MDataModule(ImageFolder(folder), train_on=train_on, ipc=10)
+    with pytest.raises(InputError, match=r"3 of 20 training images of pets cannot be read"):
+        data.train_dataloader()
+
+
+def test_the_first_pass_leaves_the_random_state_alone(folder):
+    state = torch.get_rng_state()
+    data = D4MDataModule(ImageFolder(folder), train_on="real", skip_bad_images=True)
+    assert len(data.training_set) == 17
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_set_without_skipped_images_is_another_set(folder, random_pipeline):
+    made = distill(ImageFolder(folder), recipe(random_pipeline), skip_bad_images=True)
+    with pytest.raises(InputError, match="3 of 20"):
+        distill(ImageFolder(folder), recipe(random_pipeline))
+    for name in ("cat/03.jpg", "dog/04.jpg", "dog/05.jpg"):
+        (folder / "train" / name).unlink()
+    mended = distill(ImageFolder(folder), recipe(random_pipeline), skip_bad_images=True)
+    assert mended.root != made.root
+
+
+def test_a_test_split_that_changes_is_read_anew(folder):
+    data = D4MDataModule(ImageFolder(folder), skip_bad_images=True)
+    assert len(data.source.test()) == 7
+    (folder / "test" / "cat" / "00.jpg").write_bytes(b"broken since")
+    data = D4MDataModule(ImageFolder(folder), skip_bad_images=True)
+    assert len(data.source.test()) == 6

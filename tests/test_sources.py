@@ -60,9 +60,44 @@ def test_a_folder_that_has_no_training_split_asks_for_one(tmp_path):
     assert (list(source.classes), source.test().targets.tolist()) == (["a", "b"], [1])
 
 
+def test_a_test_split_may_lie_beside_the_classes(tmp_path):
+    make_folder(tmp_path, photos=["cat", "dog"])
+    make_folder(tmp_path / "photos", val=["dog"])
+    for options in ({}, {"test_folder": "val"}):
+        source = ImageFolder(tmp_path / "photos", **options)
+        assert (list(source.classes), source.test().targets.tolist()) == (["cat", "dog"], [1])
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    source = ImageFolder(make_folder(tmp_path, 2, photos=["car", "test", "train"]) / "photos", test_share=0.5)
+    assert list(source.classes) == ["car", "test", "train"]
+
+
+def test_a_test_folder_without_class_folders_has_no_labels_and_does_not_serve(tmp_path):
+    make_folder(tmp_path, 2, train=["a", "b"])
+    (tmp_path / "test").mkdir()
+    Image.new("L", (20, 10)).save(tmp_path / "test" / "1.jpg")
+    source = ImageFolder(tmp_path, test_share=0.5)
+    assert (len(source.train()), len(source.test())) == (2, 2)
+
+
+def test_one_image_a_class_leaves_none_to_test_on(tmp_path):
+    with pytest.raises(InputError, match="no class has a second image to test on"):
+        ImageFolder(make_folder(tmp_path, photos=["a", "b"]) / "photos")
+
+
+def test_a_dangling_link_is_an_image_that_cannot_be_read(tmp_path):
+    make_folder(tmp_path, train=["a"], val=["a"])
+    (tmp_path / "train" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    source = ImageFolder(tmp_path)
+    assert source.fingerprint
+    with pytest.raises(InputError, match=r"gone.png' cannot be read as an image"):
+        source.train()[1]
+
+
 @pytest.mark.parametrize("option", ["train_folder", "test_folder"])
 def test_a_folder_that_is_not_there_is_named(tmp_path, option):
-    with pytest.raises(InputError, match=f"`{option}` is 'x', but .* has no such folder"):
+    with pytest.raises(InputError, match=r"`root` is .*, which has no folder 'x'"):
         ImageFolder(make_folder(tmp_path, train=["a"], val=["a"]), **{option: "x"})
     with pytest.raises(InputError, match=r"`root` is .*, which is no folder"):
         ImageFolder(tmp_path / "nowhere")
@@ -233,6 +268,46 @@ class TestHuggingFace:
         source = HuggingFace(tmp_path, test_share=0.34)
         assert (len(source.train()), len(source.test())) == (4, 2)
 
+        with pytest.raises(InputError, match="`test_split` is 'test', of which no row has a label"):
+            HuggingFace(tmp_path, test_split="test")
+        self.write(tmp_path / "validation.parquet", [1, 0, 1])
+        assert list(HuggingFace(tmp_path).test().targets) == [1, 0, 1]
+
+    def test_labels_that_are_none_are_refused(self, tmp_path):
+        from datasets import List, Value
+
+        self.write(tmp_path / "none" / "train.parquet", [-1, None])
+        with pytest.raises(InputError, match="`label_column` is 'label', in which no row of train has a label"):
+            HuggingFace(tmp_path / "none")
+        self.write(tmp_path / "many" / "train.parquet", [[0, 1], [1]], List(Value("int64")))
+        with pytest.raises(InputError, match=r"`label_column` is 'label', which holds \[0, 1\] where one label is"):
+            HuggingFace(tmp_path / "many")
+
+    def test_a_row_without_an_image_is_one_that_cannot_be_read(self, tmp_path):
+
+        from datasets import Dataset, Features, Value
+        from datasets import Image as ImageFeature
+
+        rows = {"image": [None, Image.new("L", (9, 9))], "label": [0, 1]}
+        features = Features({"image": ImageFeature(), "label": Value("int64")})
+        Dataset.from_dict(rows, features).to_parquet(str(tmp_path / "train.parquet"))
+        self.write(tmp_path / "test.parquet", [0, 1])
+        source = HuggingFace(tmp_path)
+        assert source.fingerprint
+        with pytest.raises(InputError, match="row 0 has no image"):
+            source.train()[0]
+
+    def test_names_are_made_readable(self, tmp_path):
+        from datasets import ClassLabel
+
+        feature = ClassLabel(names=["n01443537", "apple_pie", "tench, Tinca tinca", "yes, please"])
+        self.write(tmp_path / "train.parquet", [0, 1, 2, 3] * 2, feature)
+        assert HuggingFace(tmp_path).classes == ["goldfish", "apple pie", "tench", "yes, please"]
+        assert HuggingFace(tmp_path, synonyms="all").classes[::2] == [
+            "goldfish, Carassius auratus",
+            "tench, Tinca tinca",
+        ]
+
     def test_a_folder_of_images_is_read_by_the_same_road(self, tmp_path):
         source = HuggingFace(make_folder(tmp_path, 2, train=["a", "b"], test=["a", "b"]))
         assert (source.classes, len(source.train()), len(source.test())) == (["a", "b"], 4, 4)
@@ -266,7 +341,7 @@ class TestHuggingFace:
         self.write(tmp_path / "two" / "train.parquet", [0, 1], mask=[Image.new("L", (3, 3))] * 2)
         with pytest.raises(InputError, match=r"2 columns hold images \(image, mask\); name one as `image_column`"):
             HuggingFace(tmp_path / "two")
-        self.write(tmp_path / "other" / "train.parquet", [0, 1], column="kind")
+        self.write(tmp_path / "other" / "train.parquet", [0, 1] * 2, column="kind")
         with pytest.raises(InputError, match=r"0 columns hold labels \(image, kind\); name one as `label_column`"):
             HuggingFace(tmp_path / "other")
         assert HuggingFace(tmp_path / "other", label_column="kind", test_share=0.5).classes == ["0", "1"]

@@ -19,7 +19,7 @@ from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
 from d4m_plugin.recipe import Recipe
-from d4m_plugin.screening import WithoutBadImages
+from d4m_plugin.screening import WithoutBadImages, check_images, test_fingerprint
 from d4m_plugin.sources import Digits, LabelledImages, Source
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import random_subset
@@ -121,9 +121,21 @@ class D4MDataModule(L.LightningDataModule):
         """The images that `train_on` names, before augmentation."""
         if self.train_on == "distilled":
             return self.distilled
+        images, fingerprint = self.source.train(), self.source.fingerprint
         if self.train_on == "random":
-            return random_subset(self.source, self.recipe.ipc, self.recipe.seed)
-        return self.source.train()
+            images = random_subset(self.source, self.recipe.ipc, self.recipe.seed)
+            fingerprint += f" random {self.recipe.ipc} {self.recipe.seed}"
+        self._check(images, "training images", fingerprint)
+        return images
+
+    def setup(self, stage: str) -> None:
+        """Read the real test images once, ever, so that a broken one is known before the long work."""
+        self._check(self.source.test(), "test images", test_fingerprint(self.source))
+
+    def _check(self, images: LabelledImages, what: str, fingerprint: str) -> None:
+        if not isinstance(self.source, WithoutBadImages):
+            cache = resolve_cache_dir(self.cache_dir)
+            check_images(images, f"{what} of {self.source.name}", fingerprint, cache, self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of augmented, normalised images, float32 (B, 3, H, W), and labels, int64 (B,)."""
@@ -140,7 +152,7 @@ class D4MDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Real test images, resized and centre-cropped: nothing here chooses by them, the last epoch counts."""
-        square = v2.Lambda(partial(to_pixels, size=self.image_size))
+        square = v2.Lambda(partial(to_pixels, size=self.image_size, resize=self.recipe.resize))
         transform = v2.Compose([square, *self._normalise()])
         return self._loader(_Transformed(self.source.test(), transform), shuffle=False)
 

@@ -33,6 +33,8 @@ class CIFAR10(Source):
     def _open(self, train: bool) -> torchvision.datasets.CIFAR10:
         try:
             return self.dataset(self.root, train, download=self.download)
+        except OSError as error:
+            raise InputError(f"`download` is true, but {self.dataset.url} cannot be fetched: {error}") from error
         except RuntimeError as error:
             raise InputError(
                 f"`root` is {str(self.root)!r}, where {self.dataset.__name__} is not; name its folder or set "

@@ -13,11 +13,12 @@ from PIL import Image
 
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.sources.base import LabelledImages, Source
-from d4m_plugin.sources.images import natural_size, read_image
+from d4m_plugin.sources.images import natural_size, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, imagenet_ids, readable
 from d4m_plugin.sources.splits import carve
 
 TEST_FOLDERS = ("val", "validation", "test")
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # known to Pillow, but not decoded by it alone
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -56,8 +57,7 @@ class ImageFolder(Source):
         synonyms: Synonyms = "first",
     ) -> None:
         self.root = Path(root).expanduser()
-        train, test = _find_splits(self.root, train_folder, test_folder)
-        folders = _class_folders(train)
+        train, folders, test = _find_splits(self.root, train_folder, test_folder)
         self._train = _index(train, folders)
         if test is None:
             kept, apart = carve(self._train.targets, test_share, split_seed)
@@ -134,9 +134,7 @@ class TinyImageNet(ImageFolder):
         base = Path(root).expanduser()
         folder = base if (base / "wnids.txt").is_file() else base / "tiny-imagenet-200"
         if download and not folder.is_dir():
-            from torchvision.datasets.utils import download_and_extract_archive
-
-            download_and_extract_archive(TINY_IMAGENET, str(base), md5=TINY_IMAGENET_MD5)
+            _download_tiny_imagenet(base)
         if not (folder / "wnids.txt").is_file():
             raise InputError(
                 f"`root` is {str(root)!r}, where Tiny-ImageNet is not; name its folder or set `download` to true."
@@ -150,6 +148,19 @@ class TinyImageNet(ImageFolder):
         rows = [line.split("\t")[:2] for line in lines]
         labels = [ids.index(each) for _, each in rows]
         self._test = _Files(folder / "val" / "images", pa.array([file.encode() for file, _ in rows]), np.array(labels))
+
+
+def _download_tiny_imagenet(base: Path) -> None:
+    """Fetch and unpack the archive aside, so that a folder that is there is whole."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    aside = base / ".tiny-imagenet-200.partial"
+    try:
+        download_and_extract_archive(TINY_IMAGENET, str(base), str(aside), md5=TINY_IMAGENET_MD5)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"`download` is true, but {TINY_IMAGENET} cannot be fetched: {error}") from error
+    (aside / "tiny-imagenet-200").replace(base / "tiny-imagenet-200")
+    aside.rmdir()
 
 
 class _Files:
@@ -167,41 +178,49 @@ class _Files:
 
     def only(self, chosen: Sequence[int]) -> "_Files":
         """Return some of them."""
-        return _Files(self.root, self.names.take(pa.array(chosen)), self.targets[chosen])
+        return _Files(self.root, self.names.take(pa.array(chosen, pa.int64())), self.targets[chosen])
 
     @property
     def fingerprint(self) -> str:
         """A hash of names, sizes and labels."""
         digest = hashlib.sha256(self.targets.astype(np.int64).tobytes())
         for name in self.names:
-            size = os.path.getsize(self.root / os.fsdecode(name.as_py()))
+            size = size_of(self.root / os.fsdecode(name.as_py()))
             digest.update(name.as_py() + f"\0{size}\0".encode())
         return digest.hexdigest()
 
 
-def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) -> tuple[Path, Path | None]:
-    """Return the training folder and the test folder, None where test images have to be set apart."""
+def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) -> tuple[Path, list[str], Path | None]:
+    """Return the training folder, its class folders, and the test folder, None where images have to be set apart."""
     if not root.is_dir():
         raise InputError(f"`root` is {str(root)!r}, which is no folder.")
-    for option, folder in (("train_folder", train_folder), ("test_folder", test_folder)):
+    for folder in (train_folder, test_folder):
         if folder is not None and not (root / folder).is_dir():
-            raise InputError(f"`{option}` is {folder!r}, but {str(root)!r} has no such folder.")
-    tests = [name for name in TEST_FOLDERS if (root / name).is_dir() and name != train_folder]
-    if train_folder is None and (root / "train").is_dir():
+            raise InputError(f"`root` is {str(root)!r}, which has no folder {folder!r}.")
+    there = _folders_in(root)
+    splits = [name for name in ("train", *TEST_FOLDERS) if name in there and _folders_in(root / name)]
+    if train_folder is None and "train" in splits:
         train_folder = "train"
-    if train_folder is None and tests and set(_class_folders(root)) <= set(TEST_FOLDERS):
+    tests = [test_folder] if test_folder else [name for name in splits if name not in ("train", train_folder)]
+    if train_folder is not None:
+        return root / train_folder, _class_folders(root / train_folder), root / tests[0] if tests else None
+    # No training split: `root` has the classes, and beside them perhaps a test split of the same classes.
+    tests = [name for name in tests if set(_folders_in(root / name)) <= {*there} - {*splits}]
+    classes = [name for name in there if name not in tests]
+    if not {*classes} - {*splits}:
         raise InputError(
-            f"`root` is {str(root)!r}, which has the folders {', '.join(tests)} but no train; name the one to distil "
-            "as `train_folder`."
+            f"`root` is {str(root)!r}, which has the folders {', '.join(splits) or 'of no class'} but no train; name "
+            "the one to distil as `train_folder`."
         )
-    if train_folder is None:
-        return root, root / test_folder if test_folder else None
-    test_folder = test_folder or (tests[0] if tests else None)
-    return root / train_folder, root / test_folder if test_folder else None
+    return root, classes, root / tests[0] if tests else None
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _class_folders(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = _folders_in(folder)
     if not names:
         raise InputError(f"`root` has the folder {str(folder)!r}, which holds no class folders.")
     return names
@@ -255,7 +274,7 @@ def _files_under(root: Path, folder: str) -> Iterator[str]:
 def _image_suffixes() -> set[str]:
     """Return the suffixes of the formats that Pillow reads."""
     suffixes = Image.registered_extensions()
-    return {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN}
+    return {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN and kind not in NO_PICTURES}
 
 
 def _check_ids(root: Path, folders: Sequence[str], ids: Sequence[str], dataset: str) -> None:

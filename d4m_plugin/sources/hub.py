@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,8 @@ from PIL import Image
 
 from d4m_plugin.errors import InputError
 from d4m_plugin.sources.base import LabelledImages, Source
-from d4m_plugin.sources.images import natural_size, read_image
+from d4m_plugin.sources.images import natural_size, read_image, size_of
+from d4m_plugin.sources.names import Synonyms, readable
 from d4m_plugin.sources.splits import carve
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class HuggingFace(Source):
         test_share: share of each class that is set apart where there is no test split, in (0, 1).
         split_seed: decides which images are set apart.
         image_size: edge in pixels of the images that students see; by default their own, at most 224.
+        synonyms: of WordNet's names, the `first` or `all`.
 
     Raises:
         InputError: where it cannot be opened, or a column or split is not there or not to be told.
@@ -59,12 +60,15 @@ class HuggingFace(Source):
         test_share: float = 0.2,
         split_seed: int = 0,
         image_size: int | None = None,
+        synonyms: Synonyms = "first",
     ) -> None:
         self.path, self.config, self.revision = str(path), config, revision
         splits = _load(self.path, config, revision)
         train = _split(splits, train_split, "train_split")
         tests = [name for name in TEST_SPLITS if name in splits and name != train_split]
-        test = _split(splits, test_split, "test_split") if test_split else splits[tests[0]] if tests else None
+        if test_split is not None:
+            _split(splits, test_split, "test_split")
+            tests = [test_split]
 
         image_column = image_column or _image_column(train)
         label_column = label_column or _label_column(train)
@@ -73,12 +77,17 @@ class HuggingFace(Source):
                 raise InputError(f"`{option}` is {column!r}, but the columns are {', '.join(train.column_names)}.")
         values = _label_values(train, label_column)
         known = sorted({value for value in values if value is not None})
-        self.classes = _names(train, label_column, known)
+        if not known:
+            raise InputError(f"`label_column` is {label_column!r}, in which no row of {train_split} has a label.")
+        self.classes = _names(train, label_column, known, synonyms)
         self._train = _Rows.of(train, image_column, values, known)
-        labelled = test and _Rows.of(test, image_column, _label_values(test, label_column), known)
-        if labelled:
-            self._test = labelled
+        for name in tests:
+            self._test = _Rows.of(splits[name], image_column, _label_values(splits[name], label_column), known)
+            if len(self._test):
+                break
         else:
+            if test_split is not None:
+                raise InputError(f"`test_split` is {test_split!r}, of which no row has a label.")
             kept, apart = carve(self._train.targets, test_share, split_seed)
             self._train, self._test = self._train.only(kept), self._train.only(apart)
         self.image_size = image_size or natural_size(self._train)
@@ -119,14 +128,17 @@ class _Rows:
         indices = np.flatnonzero(labels >= 0)
         import datasets
 
-        return cls(rows.cast_column(column, datasets.Image(decode=False)), column, indices, labels[indices])
+        rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        return cls(rows, column, indices, labels[indices])
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         row = int(self.indices[index])
-        image: dict[str, Any] = self.rows[row][self.column]
+        image: dict[str, Any] | None = self.rows[row][self.column]
+        if image is None:
+            raise InputError(f"row {row} has no image.")
         file = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
         return read_image(file, image["path"] or f"row {row}"), self.targets[index]
 
@@ -137,34 +149,34 @@ class _Rows:
     @property
     def fingerprint(self) -> str:
         """A hash of labels, sizes, last bytes (which hold a PNG's checksum) and names."""
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         digest = hashlib.sha256(np.asarray(self.targets, np.int64).tobytes())
-        told: list[tuple[int | None, bytes | None, str | None]] = []
+        start = 0
         for chunk in self.rows.with_format("arrow")[:][self.column].chunks:
+            own = self.indices[(self.indices >= start) & (self.indices < start + len(chunk))] - start
             content = chunk.field("bytes")
             parts = (pc.binary_length(content), pc.binary_slice(content, -TAIL), chunk.field("path"))
-            told += zip(*(part.to_pylist() for part in parts), strict=True)
-        for index in self.indices:
-            size, tail, name = told[index]
-            if size is None and name is not None:  # a file of its own
-                size = os.path.getsize(name)
-            digest.update(f"{size} {tail!r} {Path(name or '').name}\0".encode())
+            for size, tail, name in zip(*(part.take(pa.array(own)).to_pylist() for part in parts), strict=True):
+                size = size_of(name) if size is None and name else size  # a file of its own
+                digest.update(f"{size} {tail!r} {Path(name or '').name}\0".encode())
+            start += len(chunk)
         return digest.hexdigest()
 
 
 def _load(path: str, config: str | None, revision: str | None) -> "DatasetDict":
     import datasets
 
-    suffix = Path(path).suffix
+    file = Path(path).expanduser()
+    if file.is_file() and file.suffix not in FILE_BUILDERS:
+        raise InputError(f"`path` is the file {path!r}; it must end in one of {', '.join(FILE_BUILDERS)}.")
     try:
-        if Path(path).is_file():
-            if suffix not in FILE_BUILDERS:
-                raise InputError(f"`path` is the file {path!r}; it must end in one of {', '.join(FILE_BUILDERS)}.")
-            return datasets.load_dataset(FILE_BUILDERS[suffix], data_files=path)
-        return datasets.load_dataset(path, config, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = str(error).strip().splitlines()[0]
+        if file.is_file():
+            return datasets.load_dataset(FILE_BUILDERS[file.suffix], data_files=str(file))
+        return datasets.load_dataset(str(file) if file.is_dir() else path, config, revision=revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"`path` is {path!r}, which `datasets` cannot open: {reason}") from error
 
 
@@ -199,11 +211,15 @@ def _the_only(found: list[str], rows: "Dataset", what: str, option: str) -> str:
 def _label_values(rows: "Dataset", column: str) -> list[Any]:
     """Return each row's label as it stands there, None where there is none."""
     values = rows[column][:]
+    for value in values:
+        if isinstance(value, list | dict):
+            raise InputError(f"`label_column` is {column!r}, which holds {value!r} where one label is needed.")
     return [None if isinstance(value, int) and value < 0 else value for value in values]
 
 
-def _names(rows: "Dataset", column: str, values: list[Any]) -> list[str]:
+def _names(rows: "Dataset", column: str, values: list[Any], synonyms: Synonyms) -> list[str]:
     import datasets
 
     feature = rows.features[column]
-    return [feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else str(value) for value in values]
+    names = [feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else str(value) for value in values]
+    return [readable(name, synonyms) for name in names]

@@ -1,6 +1,7 @@
 """From an image file of any kind to the RGB picture that a viewer would show."""
 
 import contextlib
+import os
 import warnings
 from pathlib import Path
 from statistics import median
@@ -41,13 +42,23 @@ def read_image(file: str | Path | IO[bytes], name: str) -> Image.Image:
         raise InputError(f"{name!r} cannot be read as an image ({error}).") from error
 
 
+def size_of(path: str | Path) -> int:
+    """Return a file's bytes, -1 where it cannot be asked, as through a dangling link."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return -1
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return a picture of any mode as RGB: turned as its EXIF says, transparency over white.
 
     16-bit and float pictures are scaled to 8 bits, not clipped: integers by the 16-bit range; floats by 255 where
     they lie in [0, 1], not at all where they lie in [0, 255], else from their own range.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(Exception):  # EXIF may be broken where the picture is not
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
     if image.mode == "LAB":

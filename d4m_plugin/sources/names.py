@@ -23,17 +23,22 @@ def wordnet() -> dict[str, str]:
     return dict(line.split("\t") for line in lines)
 
 
-def readable(folder: str, synonyms: Synonyms = "first") -> str:
-    """Return what a class folder's name says: words for a WordNet id, spaces for underscores.
+@cache
+def _all_synonyms() -> frozenset[str]:
+    return frozenset(wordnet().values())
+
+
+def readable(name: str, synonyms: Synonyms = "first") -> str:
+    """Return what a dataset's name of a class says: words for a WordNet id, spaces for underscores.
 
     Args:
-        folder: such as `n02012849`, `hen_house` or `cat`.
-        synonyms: of a WordNet id, `first` ("goldfish") or `all` ("goldfish, Carassius auratus").
+        name: such as `n02012849`, `hen_house`, `cat`, or WordNet's own `goldfish, Carassius auratus`.
+        synonyms: of WordNet's, the `first` ("goldfish") or `all` ("goldfish, Carassius auratus").
     """
-    if WORDNET_ID.fullmatch(folder) and folder in wordnet():
-        words = wordnet()[folder]
-        return words if synonyms == "all" else words.split(", ")[0]
-    return folder.replace("_", " ").strip()
+    words = wordnet().get(name, name) if WORDNET_ID.fullmatch(name) else name
+    if synonyms == "first" and ", " in words and words in _all_synonyms():
+        return words.split(", ")[0]
+    return words.replace("_", " ").strip()
 
 
 def imagenet_ids() -> Sequence[str]:

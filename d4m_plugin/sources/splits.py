@@ -12,7 +12,7 @@ from d4m_plugin.seeding import generator_of
 
 def members_by_label(targets: Sequence[int] | np.ndarray) -> dict[int, Tensor]:
     """Return the indices, in order, of the images of each label that occurs, int64, in one sort of all."""
-    labels = torch.as_tensor(targets)
+    labels = torch.as_tensor(targets, dtype=torch.int64)
     counts = labels.bincount()
     members = labels.argsort(stable=True).split(counts.tolist())
     return {label: indices for label, indices in enumerate(members) if len(indices)}
@@ -29,7 +29,7 @@ def carve(targets: Sequence[int] | np.ndarray, share: float, seed: int) -> tuple
         seed: decides which.
 
     Raises:
-        InputError: where `share` is not a share.
+        InputError: where `share` is not a share, or no class has two images.
     """
     if not 0 < share < 1:
         raise InputError(f"`test_share` is {share}; it must be above 0 and below 1.")
@@ -38,4 +38,6 @@ def carve(targets: Sequence[int] | np.ndarray, share: float, seed: int) -> tuple
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         order = torch.randperm(len(members), generator=generator_of(seed, label))
         apart[members[order[:count]]] = True
+    if not apart.any():
+        raise InputError("no class has a second image to test on; add images, or name a test split.")
     return (~apart).nonzero().flatten().tolist(), apart.nonzero().flatten().tolist()
