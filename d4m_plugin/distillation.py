@@ -14,7 +14,7 @@ import platform
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -25,21 +25,20 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
 from d4m_plugin.card import write_card
 from d4m_plugin.diffusion import LatentDiffusion, find_model
 from d4m_plugin.distilled import FORMAT, PARQUET, DistilledDataset, checksums, write_parquet
+from d4m_plugin.encoding import encode, read_or_encode
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.prototypes import Prototypes, cluster
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.screening import WithoutBadImages, check_images
 from d4m_plugin.seeding import generator_of, seed_of
-from d4m_plugin.sources import Digits, LabelledImages, Source
-from d4m_plugin.sources.images import Resize, to_pixels
+from d4m_plugin.sources import Digits, Source
 from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import at_most
 
@@ -172,11 +171,14 @@ def _distil_into(
     weights = [_model_digest(recipe.diffusion) or recipe.diffusion, str(recipe.diffusion_revision), str(model.dtype)]
     decides = [str(FORMAT), fingerprint_of_images, *weights, str(resolution), recipe.resize]
     kept = cache / "latents" / f"{source.name}-{_digest(decides)[:12]}"
-    if keep_latents:
-        kept.mkdir(parents=True, exist_ok=True)
     screened = time.perf_counter()
-    options = (resolution, recipe.resize, batch_size, num_workers)
-    make_prototypes(work, _kept_or_encoded(images, kept, keep_latents, work, model, *options), recipe)
+    counts = {label: len(members) for label, members in members_by_label(images.targets).items()}
+    todo = [label for label in counts if not _class_file(work, label).exists()]
+    left = sum(counts[label] for label in todo)
+    with _progress("Encoding", len(images), done=len(images) - left) as progress:
+        options = (model, resolution, recipe.resize, batch_size, num_workers, progress)
+        latents = read_or_encode(todo, kept, keep_latents, lambda labels: encode(images, labels, *options), progress)
+        make_prototypes(work, latents, recipe)
     clustered = time.perf_counter()
     make_images(work, prompts, recipe, model, batch_size)
     synthesised = time.perf_counter()
@@ -196,40 +198,6 @@ def _warn_of_cut_prompts(model: LatentDiffusion, prompts: list[str]) -> None:
             f"{cut[0][:60]!r}…; give a shorter name in `class_names`."
         )
         warnings.warn(sentence, InputWarning, stacklevel=2)
-
-
-def _kept_or_encoded(
-    images: LabelledImages,
-    kept: Path,
-    keep: bool,
-    work: Path,
-    model: LatentDiffusion,
-    resolution: int,
-    resize: Resize,
-    batch_size: int,
-    num_workers: int,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield each label that has no prototypes in `work` yet with its latents, read from `kept` where they are there.
-
-    Where `keep` is true, those that are not are written there.
-    """
-    counts = {label: len(members) for label, members in members_by_label(images.targets).items()}
-    labels = [label for label in counts if not _class_file(work, label).exists()]
-    missing = [label for label in labels if not _class_file(kept, label).exists()]
-    left = sum(counts[label] for label in labels)
-    with _progress("Encoding", len(images), done=len(images) - left) as progress:
-        encoded = encode(images, missing, model, resolution, resize, batch_size, num_workers, progress)
-        for label in labels:
-            file = _class_file(kept, label)
-            if label not in missing:
-                yield label, load_file(file)["latents"]
-                progress.update(counts[label])
-                continue
-            _, latents = next(encoded)
-            if keep:
-                with written_whole(file) as path:
-                    save_file({"latents": latents}, path)
-            yield label, latents
 
 
 def make_prototypes(work: Path, latents: Iterable[tuple[int, Tensor]], recipe: ResolvedRecipe) -> None:
@@ -254,55 +222,6 @@ def make_prototypes(work: Path, latents: Iterable[tuple[int, Tensor]], recipe: R
             last = beside.submit(finish, label, points)
         if last is not None:
             last.result()
-
-
-def encode(
-    images: LabelledImages,
-    labels: list[int],
-    model: LatentDiffusion,
-    resolution: int,
-    resize: Resize = "crop",
-    batch_size: int = BLOCK,
-    num_workers: int = 0,
-    progress: Any = None,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield each label with the latents of all its images, float32, shape (N, C, h, w).
-
-    Args:
-        images: the real images; only those of `labels` are read.
-        labels: the classes to encode, in this order.
-        model: whose VAE encodes.
-        resolution: edge in pixels that images are resized to (bicubic).
-        resize: `crop` or `squash`, for images that are not square.
-        batch_size: images a pass.
-        num_workers: processes that read images; the same ones for all classes.
-        progress: a tqdm bar to move on by one for each image.
-    """
-    members = members_by_label(images.targets)
-    batches = [(label, batch.numpy()) for label in labels for batch in members[label].split(batch_size)]
-    sampler = [batch for _, batch in batches]
-    loader = DataLoader(_Pixels(images, resolution, resize), batch_sampler=sampler, num_workers=num_workers)
-    latents: list[Tensor] = []
-    for position, (pixels, (label, _)) in enumerate(zip(loader, batches, strict=True)):
-        latents.append(model.encode(pixels))
-        if progress is not None:
-            progress.update(len(pixels))
-        if position + 1 == len(batches) or batches[position + 1][0] != label:
-            whole, latents = torch.cat(latents), []  # one copy in memory while the caller works
-            yield label, whole
-
-
-class _Pixels(Dataset[Tensor]):
-    """The images of a dataset alone, uint8, shape (3, size, size)."""
-
-    def __init__(self, images: LabelledImages, size: int, resize: Resize) -> None:
-        self.images, self.size, self.resize = images, size, resize
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return to_pixels(self.images[int(index)][0], self.size, self.resize)
 
 
 def make_images(
