@@ -69,8 +69,8 @@ def read_or_encode(
         progress: a tqdm bar to move on by what is read; `encode` moves it by what it encodes.
     """
     files = {label: folder / f"class-{label:06d}.safetensors" for label in labels}
-    missing = [label for label in labels if not files[label].exists()]  # asked once: another run may write there
-    encoded = encode(missing)
+    missing = {label for label in labels if not files[label].exists()}  # asked once: another run may write there
+    encoded = encode([label for label in labels if label in missing])
     if keep:
         folder.mkdir(parents=True, exist_ok=True)
     for label, file in files.items():
