@@ -1,4 +1,4 @@
-"""Draws docs/digits.png, or with `--source CIFAR10` and `--output docs/cifar10.png` that: real, prototypes, distilled."""
+"""Draws docs/digits.png, or docs/cifar10.png with its `--source` and `--output`: real, prototypes, distilled."""
 
 from pathlib import Path
 
