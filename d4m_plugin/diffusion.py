@@ -15,7 +15,7 @@ from d4m_plugin.devices import autocast, compute_dtype, default_device
 from d4m_plugin.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
-EMBEDDED = ("digits",)
+EMBEDDED = ("digits", "cifar10")
 
 # What `encode_prompt` of SD and SDXL returns, in order, by the names under which `__call__` takes it.
 PROMPT_TENSORS = (
@@ -30,7 +30,7 @@ class LatentDiffusion:
     """A stock diffusers image-to-image pipeline, loaded once and called in batches.
 
     Args:
-        model: `digits` (embedded), a folder, or a Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5.
+        model: `digits` or `cifar10` (embedded), a folder, or a Hub id, as stable-diffusion-v1-5/stable-diffusion-v1-5.
         revision: branch, tag or commit of a Hub id.
         scheduler: name of a diffusers scheduler class, such as DDIMScheduler; the model's own by default.
         device: where to compute; an accelerator where there is one by default.

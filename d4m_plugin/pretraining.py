@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from safetensors.torch import load_model, save_model
 from tokenizers import normalizers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
-from d4m_plugin.cache import make_writable
+from d4m_plugin.cache import make_writable, written_whole
 from d4m_plugin.callbacks import RunProgress
 from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
 from d4m_plugin.errors import InputError
@@ -318,17 +319,18 @@ def pretrain(
     images, labels = _images(source, image_size)
     if source.flip:
         images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
-    if not (work / "vae").exists():
-        L.seed_everything(seed, verbose=False)
-        vae = _new_vae(image_size, vae_channels)
+    L.seed_everything(seed, verbose=False)
+    vae = _new_vae(image_size, vae_channels)
+    trained = work / "vae.safetensors"
+    if trained.exists():
+        load_model(vae, trained)
+    else:
         module = AutoencoderTraining(vae, images, batch_size, vae_lr, seed)
         _train(module, vae_steps, [RunProgress("VAE")], work / "vae.ckpt", compile)
-        sample = images[:: max(1, len(images) // SCALE_SAMPLE)]
-        scale = round(1 / _latents(vae, sample, batch_size).std().item(), 5)
-        vae.register_to_config(scaling_factor=scale)
-        vae.save_pretrained(work / "vae.unfinished")
-        (work / "vae.unfinished").replace(work / "vae")
-    vae = AutoencoderKL.from_pretrained(work / "vae")
+        with written_whole(trained) as path:
+            save_model(vae, str(path))
+    sample = images[:: max(1, len(images) // SCALE_SAMPLE)]
+    vae.register_to_config(scaling_factor=round(1 / _latents(vae, sample, batch_size).std().item(), 5))
     latents = _latents(vae, images, batch_size) * vae.config.scaling_factor
     del images
 

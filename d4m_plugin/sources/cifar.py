@@ -26,6 +26,8 @@ class CIFAR10(Source):
     image_size = 32
     mean = (0.4914, 0.4822, 0.4465)
     std = (0.2470, 0.2435, 0.2616)
+    diffusion = "cifar10"
+    teacher: str | None = "cifar10"
 
     def __init__(self, root: str | Path = "data", download: bool = False) -> None:
         self.root, self.download = Path(root).expanduser(), download
@@ -80,3 +82,5 @@ class CIFAR100(CIFAR10):
     dataset = torchvision.datasets.CIFAR100
     mean = (0.5071, 0.4866, 0.4409)
     std = (0.2673, 0.2564, 0.2762)
+    diffusion = Source.diffusion
+    teacher = None
