@@ -100,7 +100,10 @@ def test_the_scheduler_can_be_chosen(random_pipeline):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"model": "nonsense"}, "`diffusion` is 'nonsense': no model of ours (digits, cifar10), no folder, and no Hub id"),
+        (
+            {"model": "nonsense"},
+            "`diffusion` is 'nonsense': no model of ours (digits, cifar10), no folder, and no Hub id",
+        ),
         ({"model": "/nowhere/at/all"}, "no folder"),
         ({"model": "owner/unknown"}, "`diffusion` is 'owner/unknown'"),
         ({"model": "."}, "model_index.json"),
