@@ -36,8 +36,9 @@ def find_bad(images: LabelledImages, fingerprint: str, cache: Path, num_workers:
             listed = _unreadable(images, num_workers)
         attempts = _Attempts(images)
         bad = {index: fault for index in listed if (fault := attempts[index])}
-        with written_whole(file) as path:
-            path.write_text("".join(f"{index}\t{fault}\n" for index, fault in bad.items()), encoding="utf-8")
+        if not file.exists() or len(bad) < len(listed):
+            with written_whole(file) as path:
+                path.write_text("".join(f"{index}\t{fault}\n" for index, fault in bad.items()), encoding="utf-8")
     return bad, file
 
 
@@ -71,9 +72,8 @@ class _Attempts(Dataset[str]):
         return ""
 
 
-def test_fingerprint(source: Source) -> str:
+def test_fingerprint(source: Source, images: LabelledImages) -> str:
     """Return what names a source's test images in the cache."""
-    images = source.test()
     own = getattr(images, "fingerprint", "")  # of images in files, which may change beside the training split
     return f"{source.fingerprint} test {len(images)} {own}"
 
@@ -131,6 +131,11 @@ class WithoutBadImages(Source):
     def _train(self) -> tuple[LabelledImages, list[str]]:
         return self._without_bad(self.source.train(), self.source.fingerprint)
 
+    @cached_property
+    def _test(self) -> LabelledImages:
+        images = self.source.test()
+        return self._without_bad(images, test_fingerprint(self.source, images))[0]
+
     @property
     def skipped(self) -> list[str]:
         """What is wrong with each training image that is left out."""
@@ -142,7 +147,7 @@ class WithoutBadImages(Source):
 
     def test(self) -> LabelledImages:
         """Return the test images that can be read."""
-        return self._without_bad(self.source.test(), test_fingerprint(self.source))[0]
+        return self._test
 
     def _without_bad(self, images: LabelledImages, fingerprint: str) -> tuple[LabelledImages, list[str]]:
         bad, _ = find_bad(images, fingerprint, self.cache, self.num_workers)

@@ -130,7 +130,8 @@ class D4MDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the real test images once, ever, so that a broken one is known before the long work."""
-        self._check(self.source.test(), "test images", test_fingerprint(self.source))
+        images = self.source.test()
+        self._check(images, "test images", test_fingerprint(self.source, images))
 
     def _check(self, images: LabelledImages, what: str, fingerprint: str) -> None:
         if not isinstance(self.source, WithoutBadImages):

@@ -2,10 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from functools import cached_property
+from typing import Protocol, Self
 
 import numpy as np
 from PIL import Image
+
+from d4m_plugin.sources.splits import carve
 
 
 class LabelledImages(Protocol):
@@ -59,3 +62,39 @@ class Source(ABC):
     @abstractmethod
     def test(self) -> LabelledImages:
         """Return the split that accuracies are measured on."""
+
+
+class IndexedImages(LabelledImages, Protocol):
+    """Images that are read one by one when asked for."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of their labels and of what tells the images apart."""
+
+    def only(self, chosen: Sequence[int]) -> Self:
+        """Return some of them."""
+
+
+class IndexedSource(Source):
+    """A source whose splits are indexed at construction, as `_train` and `_test`."""
+
+    _train: IndexedImages
+    _test: IndexedImages
+
+    def _set_apart(self, share: float, seed: int) -> None:
+        """Take the test images from the training images."""
+        kept, apart = carve(self._train.targets, share, seed)
+        self._train, self._test = self._train.only(kept), self._train.only(apart)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the training labels, and of the images' names, sizes or last bytes: not all is read."""
+        return self._train.fingerprint
+
+    def train(self) -> LabelledImages:
+        """Return the training images."""
+        return self._train
+
+    def test(self) -> LabelledImages:
+        """Return the images that accuracies are measured on."""
+        return self._test

@@ -48,7 +48,11 @@ class CIFAR10(Source):
         return self._open(train=True)
 
     @cached_property
-    def classes(self) -> Sequence[str]:  # type: ignore[override]  # read from the files, so never in another order
+    def _test(self) -> torchvision.datasets.CIFAR10:
+        return self._open(train=False)
+
+    @cached_property
+    def classes(self) -> Sequence[str]:  # type: ignore[override]  # read when asked for: the files have the order
         """The class names in the order of the labels, as the dataset's own files have it."""
         return [name.replace("_", " ") for name in self._train.classes]
 
@@ -64,7 +68,7 @@ class CIFAR10(Source):
 
     def test(self) -> LabelledImages:
         """Return the 10,000 test images."""
-        test: LabelledImages = self._open(train=False)
+        test: LabelledImages = self._test
         return test
 
 

@@ -4,7 +4,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,9 @@ import pyarrow as pa
 from PIL import Image
 
 from d4m_plugin.errors import InputError, InputWarning
-from d4m_plugin.sources.base import LabelledImages, Source
+from d4m_plugin.sources.base import IndexedSource
 from d4m_plugin.sources.images import natural_size, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, imagenet_ids, readable
-from d4m_plugin.sources.splits import carve
 
 TEST_FOLDERS = ("val", "validation", "test")
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # known to Pillow, but not decoded by it alone
@@ -23,7 +21,7 @@ TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
-class ImageFolder(Source):
+class ImageFolder(IndexedSource):
     """Images under `root/CLASS/`, or under `root/train/CLASS/` and `root/val/CLASS/` (or `validation`, `test`).
 
     A class folder is searched to any depth. Hidden files, and files that are no images by their names, are left out
@@ -60,8 +58,7 @@ class ImageFolder(Source):
         train, folders, test = _find_splits(self.root, train_folder, test_folder)
         self._train = _index(train, folders)
         if test is None:
-            kept, apart = carve(self._train.targets, test_share, split_seed)
-            self._train, self._test = self._train.only(kept), self._train.only(apart)
+            self._set_apart(test_share, split_seed)
         else:
             self._test = _index_test(test, train, folders)
         self.classes = self._names(folders, synonyms)
@@ -74,19 +71,6 @@ class ImageFolder(Source):
 
     def _names(self, folders: Sequence[str], synonyms: Synonyms) -> Sequence[str]:
         return [readable(folder, synonyms) for folder in folders]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of the training images' paths, sizes and labels: reading every file would take too long."""
-        return self._train.fingerprint
-
-    def train(self) -> LabelledImages:
-        """Return the training images."""
-        return self._train
-
-    def test(self) -> LabelledImages:
-        """Return the images that accuracies are measured on."""
-        return self._test
 
 
 class ImageNet(ImageFolder):

@@ -3,7 +3,6 @@
 import hashlib
 import io
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +10,9 @@ import numpy as np
 from PIL import Image
 
 from d4m_plugin.errors import InputError
-from d4m_plugin.sources.base import LabelledImages, Source
+from d4m_plugin.sources.base import IndexedSource
 from d4m_plugin.sources.images import natural_size, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, readable
-from d4m_plugin.sources.splits import carve
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -24,7 +22,7 @@ TAIL = 32  # bytes of an image file that the fingerprint reads
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 
-class HuggingFace(Source):
+class HuggingFace(IndexedSource):
     """A labelled image dataset of the Hugging Face Hub, or a folder or file that `datasets.load_dataset` opens.
 
     Rows with no label (null or below 0, as in many Hub datasets' test splits) are left out. The classes are those
@@ -88,27 +86,13 @@ class HuggingFace(Source):
         else:
             if test_split is not None:
                 raise InputError(f"`test_split` is {test_split!r}, of which no row has a label.")
-            kept, apart = carve(self._train.targets, test_share, split_seed)
-            self._train, self._test = self._train.only(kept), self._train.only(apart)
+            self._set_apart(test_share, split_seed)
         self.image_size = image_size or natural_size(self._train)
 
     @property
     def name(self) -> str:
         """The last part of the path, in lower case."""
         return Path(self.path).stem.lower()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of the training labels, and of the images' sizes, last bytes and names: not all is read."""
-        return self._train.fingerprint
-
-    def train(self) -> LabelledImages:
-        """Return the training images."""
-        return self._train
-
-    def test(self) -> LabelledImages:
-        """Return the images that accuracies are measured on."""
-        return self._test
 
 
 class _Rows:

@@ -9,7 +9,7 @@ from typing import Literal
 
 # WordNet's noun synsets that ImageNet uses, as "id, tab, synonyms". The first 1,000 are ImageNet-1K's in the order
 # of its labels, called as torchvision calls them: "crane bird" (134) and "crane" (517). WordNet 3.0, Princeton
-# University (its licence permits copies; see LICENSE).
+# University (its licence permits copies: wordnet-license.txt).
 TABLE = Path(__file__).parent / "wordnet.tsv.gz"
 WORDNET_ID = re.compile(r"n\d{8}")
 
