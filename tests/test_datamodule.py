@@ -4,8 +4,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Recipe, distill
+from d4m_plugin import D4MDataModule, ImageClassifier, ImageFolder, InputError, Recipe, distill
 from tests.toys import Squares
 
 RECIPE = {"ipc": 2, "num_inference_steps": 2}
@@ -27,8 +28,10 @@ def test_batches_are_distilled_images_augmented_and_normalised(squares):
     data = D4MDataModule(squares, batch_size=4, **RECIPE)
     batches = list(data.train_dataloader())
     assert [len(labels) for _, labels in batches] == [4, 2]
-    images, labels = batches[0]
-    assert (images.shape, images.dtype, labels.dtype) == ((4, 3, 16, 16), torch.float32, torch.int64)
+    pixels, labels = batches[0]
+    assert (pixels.shape, pixels.dtype, labels.dtype) == ((4, 3, 16, 16), torch.uint8, torch.int64)
+    images = data.augmented(pixels)
+    assert (images.shape, images.dtype) == ((4, 3, 16, 16), torch.float32)
     pixels = data.to_unit_range(images)
     assert pixels.min() > -0.01
     assert pixels.max() < 1.01
@@ -37,7 +40,7 @@ def test_batches_are_distilled_images_augmented_and_normalised(squares):
 def test_without_crop_and_flip_the_distilled_pixels_come_back(squares):
     data = D4MDataModule(squares, crop_scale=(1.0, 1.0), flip=False, **RECIPE)
     ((images, labels),) = data.train_dataloader()
-    pixels = (data.to_unit_range(images) * 255).round().to(torch.uint8)
+    pixels = (data.to_unit_range(data.augmented(images)) * 255).round().to(torch.uint8)
     found = {(label, *image.flatten().tolist()) for image, label in zip(pixels, labels.tolist(), strict=True)}
     stored = zip(data.distilled.images, data.distilled.targets, strict=True)
     assert found == {(label, *image.flatten().tolist()) for image, label in stored}
@@ -49,8 +52,43 @@ def test_validation_and_test_are_the_real_test_images(squares):
     for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
         images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
         assert labels.tolist() == test.targets
-        pixels = (data.to_unit_range(images) * 255).round().permute(0, 2, 3, 1).numpy()
-        assert (pixels == test.pixels).all()
+        assert (images.permute(0, 2, 3, 1).numpy() == test.pixels).all()
+        pixels = (data.to_unit_range(data.normalised(images)) * 255).round()
+        assert torch.equal(pixels.to(torch.uint8), images)
+
+
+def test_training_images_are_augmented_and_others_only_normalised(squares):
+    """By what the trainer hands to the module's steps."""
+    seen = {}
+
+    class Sees(ImageClassifier):
+        def training_step(self, batch, batch_idx):
+            seen["train"] = batch[0]
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            seen["val"] = batch[0]
+            super().validation_step(batch, batch_idx)
+
+    data = D4MDataModule(squares, train_on="real", batch_size=18)
+    trainer = quiet_trainer(max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(Sees(3, 16), datamodule=data)
+    torch.testing.assert_close(seen["val"], data.normalised(torch.cat([x for x, _ in data.val_dataloader()])))
+    stored = {tuple(image.flatten().tolist()) for image in data.normalised(next(iter(data.train_dataloader()))[0])}
+    assert not stored & {tuple(image.flatten().tolist()) for image in seen["train"]}
+
+
+def test_images_of_other_sizes_are_cropped_from_the_whole_by_the_loader(tmp_path):
+    for split in ("train", "val"):
+        for name, colour in (("a", "red"), ("b", "blue")):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (40, 20), colour).save(tmp_path / split / name / "wide.png")
+    whole = D4MDataModule(ImageFolder(tmp_path), train_on="real", crop_scale=(1.0, 1.0))
+    ((images, _),) = whole.train_dataloader()
+    assert (images.shape, images.dtype) == ((2, 3, 20, 20), torch.uint8)
+    assert torch.equal(whole.augmented(images), whole.normalised(images))
+    few = D4MDataModule(ImageFolder(tmp_path), train_on="random", ipc=1)
+    assert few._held_training_set.images.shape == (2, 3, 20, 20)
 
 
 def test_real_takes_every_training_image_and_random_ipc_of_each_class(squares):

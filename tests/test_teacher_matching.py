@@ -73,7 +73,8 @@ def test_training_equals_a_plain_loop(teacher, student, mixing):
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
     torch.manual_seed(1)
     for _ in range(2):
-        for images, _ in data.train_dataloader():
+        for pixels, _ in data.train_dataloader():
+            images = data.augmented(pixels)
             if mixing == "cutmix":
                 images = cutmix(images).images
             loss = matching_loss(by_hand(images), teacher(data.to_unit_range(images)), 4.0)

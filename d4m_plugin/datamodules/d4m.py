@@ -2,18 +2,20 @@
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
+from d4m_plugin.augmentation import augment
 from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
@@ -23,6 +25,8 @@ from d4m_plugin.screening import WithoutBadImages, check_images, test_fingerprin
 from d4m_plugin.sources import Digits, LabelledImages, Source
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import random_subset
+
+HELD_BYTES = 2**31  # of training or test images; more are read anew for each batch
 
 
 class D4MDataModule(L.LightningDataModule):
@@ -37,7 +41,7 @@ class D4MDataModule(L.LightningDataModule):
         train_on: `distilled`; `real`, all training images; or `random`, as many real images a class as `ipc` says.
         batch_size: images a training batch, at least 1.
         distill_batch_size: images that the diffusion model takes at once; less needs less memory.
-        num_workers: processes that load and augment images.
+        num_workers: processes that read images; squares of the student's size are held in memory and need none.
         skip_bad_images: leave out real images that cannot be read; by default they stop the work.
         keep_latents: keep what the VAE made of the real images in the cache, for other sets of the same source.
         crop_scale: share of the image's area that a random crop covers, least and most.
@@ -139,26 +143,45 @@ class D4MDataModule(L.LightningDataModule):
             check_images(images, f"{what} of {self.source.name}", fingerprint, cache, self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of augmented, normalised images, float32 (B, 3, H, W), and labels, int64 (B,)."""
+        """Batches of images, uint8 (B, 3, H, W), and labels, int64 (B,); `augmented` prepares them."""
+        if self._held_training_set:
+            return self._loader(self._held_training_set, shuffle=True)
         transform = v2.Compose(
             [
                 v2.RGB(),
                 v2.ToImage(),
                 v2.RandomResizedCrop(self.image_size, self.crop_scale, antialias=True),
                 v2.RandomHorizontalFlip(0.5 if self.flip else 0.0),
-                *self._normalise(),
             ]
         )
         return self._loader(_Transformed(self.training_set, transform), shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Real test images, resized and centre-cropped: nothing here chooses by them, the last epoch counts."""
-        square = v2.Lambda(partial(to_pixels, size=self.image_size, resize=self.recipe.resize))
-        transform = v2.Compose([square, *self._normalise()])
-        return self._loader(_Transformed(self.source.test(), transform), shuffle=False)
+        return self._loader(self._held_test_set or _Transformed(self.source.test(), self._square), shuffle=False)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Augment a training batch, normalise any other, on the device that the trainer has moved it to."""
+        images, labels = batch
+        trainer = self.trainer
+        return (self.augmented if trainer and trainer.training else self.normalised)(images), labels
+
+    def augmented(self, images: Tensor) -> Tensor:
+        """Return what the student sees of training images, uint8 (B, 3, H, W): cropped, flipped and normalised."""
+        if not self._held_training_set:
+            return self.normalised(images)  # cropped and flipped by the loader, from the whole image
+        return self._normalise(augment(images.float() / 255, self.crop_scale, self.flip))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Return images, uint8 (B, 3, H, W), as the student sees them: float32, with the source's mean and std."""
+        return self._normalise(images.float() / 255)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.source.mean, self.source.std))
+        return (images - mean) / std
 
     def __str__(self) -> str:
         # Lightning's asks every loader for its size: printing would distil.
@@ -178,23 +201,37 @@ class D4MDataModule(L.LightningDataModule):
             "std": list(self.source.std),
         }
 
-    def _normalise(self) -> list[v2.Transform]:
-        return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.source.mean, self.source.std)]
+    @cached_property
+    def _held_training_set(self) -> "_Held | None":
+        images, size = self.training_set, self.image_size
+        if isinstance(images, DistilledDataset) and images.images.shape[-2:] == (size, size):
+            return _Held(images.images, torch.as_tensor(images.targets))
+        # As many as a distilled set are held in any case, as the squares that it would store.
+        return _hold(images, size, self._square, whatever_size=self.train_on != "real")
 
-    def _loader(self, dataset: Dataset[Any], shuffle: bool) -> DataLoader[Any]:
+    @cached_property
+    def _held_test_set(self) -> "_Held | None":
+        return _hold(self.source.test(), self.image_size, self._square)
+
+    def _square(self, image: Image.Image) -> Tensor:
+        return to_pixels(image, self.image_size, self.recipe.resize)
+
+    def _loader(self, dataset: "_Held | _Transformed", shuffle: bool) -> DataLoader[Any]:
+        workers = 0 if isinstance(dataset, _Held) else self.num_workers  # a held batch is one indexing
         return DataLoader(
             dataset,
             batch_size=self.batch_size,  # by name: Lightning makes predict's loader anew from the arguments
             shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_as_it_is if isinstance(dataset, _Held) else default_collate,
         )
 
 
 class _Transformed(Dataset[tuple[Tensor, int]]):
     """A dataset seen through a transform of its images."""
 
-    def __init__(self, images: LabelledImages, transform: v2.Transform) -> None:
+    def __init__(self, images: LabelledImages, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -203,6 +240,38 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[index]
         return self.transform(image), label
+
+
+class _Held(Dataset[tuple[Tensor, Tensor]]):
+    """Images in memory, uint8 (N, 3, H, W), of which a loader takes a batch by one indexing."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+def _hold(
+    images: LabelledImages, size: int, square: Callable[[Image.Image], Tensor], whatever_size: bool = False
+) -> _Held | None:
+    """Return images held as squares; None where they are too many, or some are of another size and that matters."""
+    if not whatever_size and 3 * size**2 * len(images) > HELD_BYTES:
+        return None
+    pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    for index in range(len(images)):
+        image, _ = images[index]
+        if image.size != (size, size) and not whatever_size:
+            return None
+        pixels[index] = square(image)
+    return _Held(pixels, torch.as_tensor(images.targets))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 @contextmanager
