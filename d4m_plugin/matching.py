@@ -1,5 +1,6 @@
 """Training-Time Matching as functions of tensors (D4M, section 3.3)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,22 +8,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def matching_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def soften(logits: Sequence[Tensor], temperature: float) -> Tensor:
+    """Return the softened outputs of one or several teachers, averaged, float32, shape (B, classes).
+
+    Args:
+        logits: each teacher's, shape (B, classes).
+        temperature: T, by which they are divided.
+    """
+    return torch.stack([(each.float() / temperature).softmax(1) for each in logits]).mean(0)
+
+
+def matching_loss(student: Tensor, softened: Tensor, temperature: float) -> Tensor:
     """Return KL(teacher ‖ student) of the softened outputs, averaged over the batch (D4M, equation 8).
 
     No T² factor and no hard-label term, as in the paper.
 
     Args:
         student: logits, shape (B, classes).
-        teacher: logits, shape (B, classes).
-        temperature: T, by which both are divided.
+        softened: the teacher's probabilities at the temperature, float32, shape (B, classes).
+        temperature: T, by which the student's logits are divided.
     """
-    return F.kl_div(
-        F.log_softmax(student.float() / temperature, dim=1),
-        F.log_softmax(teacher.float() / temperature, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
+    return F.kl_div(F.log_softmax(student.float() / temperature, dim=1), softened, reduction="batchmean")
 
 
 class Mixed(NamedTuple):
@@ -36,6 +42,15 @@ class Mixed(NamedTuple):
         """Return the label of the larger part of each image."""
         return labels if self.share >= 0.5 else labels[self.permutation]
 
+    def values(self, values: Tensor) -> Tensor:
+        """Return what each image's parts are labelled with, float, shape (B, …), averaged by their shares."""
+        return self.share * values + (1 - self.share) * values[self.permutation]
+
+
+def unmixed(images: Tensor) -> Mixed:
+    """Return a batch as it is."""
+    return Mixed(images, torch.arange(len(images), device=images.device), 1.0)
+
 
 def cutmix(images: Tensor, alpha: float = 1.0) -> Mixed:
     """Return images of which a box, the same for all, comes from another image of the batch.
@@ -47,7 +62,7 @@ def cutmix(images: Tensor, alpha: float = 1.0) -> Mixed:
         alpha: of the Beta distribution that the share of the original is drawn from.
     """
     height, width = images.shape[-2:]
-    share = torch.distributions.Beta(alpha, alpha).sample().item()
+    share = _share(alpha)
     edge = (1 - share) ** 0.5
     top, bottom = _box(height, edge)
     left, right = _box(width, edge)
@@ -55,6 +70,25 @@ def cutmix(images: Tensor, alpha: float = 1.0) -> Mixed:
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = images[permutation, :, top:bottom, left:right]
     return Mixed(mixed, permutation, 1 - (bottom - top) * (right - left) / (height * width))
+
+
+def mixup(images: Tensor, alpha: float = 1.0) -> Mixed:
+    """Return images each averaged with another of the batch, all by the same share (Zhang et al., arXiv:1710.09412).
+
+    Args:
+        images: float, shape (B, C, H, W).
+        alpha: of the Beta distribution that the share of the original is drawn from.
+    """
+    share = _share(alpha)
+    permutation = torch.randperm(len(images), device=images.device)
+    return Mixed(share * images + (1 - share) * images[permutation], permutation, share)
+
+
+MIXINGS = {"cutmix": cutmix, "mixup": mixup, "none": unmixed}
+
+
+def _share(alpha: float) -> float:
+    return torch.distributions.Beta(alpha, alpha).sample().item()
 
 
 def _box(length: int, edge: float) -> tuple[int, int]:

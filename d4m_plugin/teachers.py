@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d4m_plugin.devices import autocast, compute_dtype
 from d4m_plugin.diffusion import ASSETS, EMBEDDED
 from d4m_plugin.errors import InputError
 from d4m_plugin.models.students import create_student
@@ -50,12 +51,16 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits, shape (B, len(classes)), of images in [0, 1], shape (B, 3, H, W)."""
+        """Return logits, float32, shape (B, len(classes)), of images in [0, 1], shape (B, 3, H, W).
+
+        Computed in half precision where that is fast.
+        """
         if images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
-        logits: Tensor = self.model((images - self.mean) / self.std)
-        return logits
+        with autocast(images.device, compute_dtype(images.device)):
+            logits: Tensor = self.model((images - self.mean) / self.std)
+        return logits.float()
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in evaluation mode, whatever trains around it."""

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from d4m_plugin.matching import cutmix, matching_loss
+from d4m_plugin.matching import cutmix, matching_loss, mixup, soften, unmixed
 
 
 def _reference_loss(student, teacher, temperature):
@@ -20,18 +20,30 @@ def _reference_loss(student, teacher, temperature):
 def test_the_loss_is_the_softened_kl_divergence(temperature):
     student, teacher = torch.randn(2, 5, 7, dtype=torch.float64) * 5
     expected = _reference_loss(student, teacher, temperature)
-    assert matching_loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-4)
+    assert matching_loss(student, soften([teacher], temperature), temperature).item() == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_a_student_like_its_teacher_has_no_loss():
     logits = torch.randn(5, 7)
-    assert matching_loss(logits + 3, logits, 20).item() == pytest.approx(0, abs=1e-6)
+    assert matching_loss(logits + 3, soften([logits], 20), 20).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_the_divergence_is_from_the_teacher():
     """KL is not symmetric: a student that is sure where the teacher is not pays more than the other way round."""
     sure, unsure = torch.tensor([[20.0, 0.0]]), torch.tensor([[0.0, 0.0]])
-    assert matching_loss(sure, unsure, 1.0) > 5 * matching_loss(unsure, sure, 1.0)
+
+    def loss(student, teacher):
+        return matching_loss(student, soften([teacher], 1.0), 1.0)
+
+    assert loss(sure, unsure) > 5 * loss(unsure, sure)
+
+
+def test_several_teachers_are_averaged_as_probabilities():
+    sure, other = torch.tensor([[30.0, 0.0]]), torch.tensor([[0.0, 30.0]])
+    torch.testing.assert_close(soften([sure, other], 1.0), torch.tensor([[0.5, 0.5]]))
+    torch.testing.assert_close(soften([sure, sure, other], 1.0), torch.tensor([[2 / 3, 1 / 3]]))
 
 
 @pytest.fixture
@@ -73,3 +85,18 @@ def test_labels_are_those_of_the_larger_part(batch):
             assert torch.equal(mixed.labels(labels), larger)
             seen.add(mixed.share > 0.5)
     assert seen == {True, False}
+
+
+def test_mixup_averages_images_and_labels_by_one_share(batch):
+    torch.manual_seed(0)
+    mixed = mixup(batch)
+    own = torch.arange(8.0)
+    torch.testing.assert_close(mixed.images[:, 0, 0, 0], mixed.values(own))
+    torch.testing.assert_close(mixed.values(own), mixed.share * own + (1 - mixed.share) * own[mixed.permutation])
+    assert 0 < mixed.share < 1
+
+
+def test_an_unmixed_batch_keeps_images_and_labels(batch):
+    mixed = unmixed(batch)
+    assert torch.equal(mixed.images, batch)
+    assert torch.equal(mixed.values(torch.arange(8.0)), torch.arange(8.0))

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Teacher, TeacherMatching
-from d4m_plugin.matching import cutmix, matching_loss
+from d4m_plugin.matching import MIXINGS, matching_loss, soften
 from tests.test_datamodule import quiet_trainer
 from tests.toys import Squares
+
+LR = 0.02
 
 
 class Plain(L.LightningModule):
@@ -32,7 +35,7 @@ class Plain(L.LightningModule):
         return F.cross_entropy(logits, labels)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=LR)
 
 
 class ReturnsDict(Plain):
@@ -45,8 +48,128 @@ class CallsSubmodule(Plain):
         return F.cross_entropy(self.model(batch[0]), batch[1])
 
 
-def fit(module, matching, **options):
-    data = D4MDataModule(Squares(), train_on="real", batch_size=6)
+class CallsForwardOnly(Plain):
+    """As lightly's classifiers do: no hook of the module itself is run."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.forward(batch[0]), batch[1])
+
+
+class HasLossHelper(Plain):
+    def loss_of(self, batch):
+        images, labels = batch
+        return F.cross_entropy(self.model(images), labels)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss_of(batch)
+
+
+class TakesNoIndex(CallsSubmodule):
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+class TakesOtherNames(CallsSubmodule):
+    def training_step(self, b, i):
+        return super().training_step(b, i)
+
+
+class NeedsTrainer(CallsSubmodule):
+    """No step of it can be tried before training."""
+
+    def training_step(self, batch, batch_idx):
+        assert self.trainer.training
+        return super().training_step(batch, batch_idx)
+
+
+class ReturnsProbabilities(Plain):
+    def forward(self, images):
+        return self.model(images).softmax(1)
+
+    def training_step(self, batch, batch_idx):
+        return F.nll_loss(self(batch[0]).log(), batch[1])
+
+
+class HasSoftmaxForAMetric(Plain):
+    def __init__(self):
+        super().__init__()
+        self.softmax = nn.LogSoftmax(1)
+
+    def training_step(self, batch, batch_idx):
+        logits = self.model(batch[0])
+        self.log("sure", self.softmax(3 * logits).max())
+        return F.cross_entropy(logits, batch[1])
+
+
+class WithOutput(nn.Module):
+    """Wraps what a network returns."""
+
+    def __init__(self, network, wrap):
+        super().__init__()
+        self.network, self.wrap = network, wrap
+
+    def forward(self, images):
+        return self.wrap(self.network(images))
+
+
+class _Wraps(Plain):
+    def __init__(self):
+        super().__init__()
+        self.wrapper = WithOutput(self.model, self.wrap)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.logits_of(self.wrapper(batch[0])), batch[1])
+
+
+class ReturnsAuxiliaryLogits(_Wraps):
+    """As Inception and GoogLeNet do."""
+
+    @staticmethod
+    def wrap(logits):
+        return logits, 2 * logits
+
+    @staticmethod
+    def logits_of(output):
+        return output[0]
+
+
+class ReturnsAnOutputObject(_Wraps):
+    """As transformers do."""
+
+    @staticmethod
+    def wrap(logits):
+        return ImageClassifierOutput(loss=None, logits=logits)
+
+    @staticmethod
+    def logits_of(output):
+        return output.logits
+
+
+class TakesDicts(Plain):
+    def training_step(self, batch, batch_idx):
+        assert set(batch) == {"image", "label"}
+        return F.cross_entropy(self(batch["image"]), batch["label"])
+
+
+STUDENTS = [
+    Plain,
+    ReturnsDict,
+    CallsSubmodule,
+    CallsForwardOnly,
+    HasLossHelper,
+    TakesNoIndex,
+    TakesOtherNames,
+    NeedsTrainer,
+    ReturnsProbabilities,
+    HasSoftmaxForAMetric,
+    ReturnsAuxiliaryLogits,
+    ReturnsAnOutputObject,
+    TakesDicts,
+]
+
+
+def fit(module, matching, batch_keys=None, **options):
+    data = D4MDataModule(Squares(), train_on="real", batch_size=6, batch_keys=batch_keys)
     trainer = quiet_trainer(callbacks=[matching], **({"max_epochs": 2} | options))
     torch.manual_seed(1)
     trainer.fit(module, datamodule=data)
@@ -60,29 +183,86 @@ def teacher():
     return Teacher(network, Squares().classes, 16, Squares.mean, Squares.std)
 
 
-@pytest.mark.parametrize("student", [Plain, ReturnsDict])
-@pytest.mark.parametrize("mixing", ["cutmix", "none"])
-def test_training_equals_a_plain_loop(teacher, student, mixing):
+def trained_by_hand(network, teachers, data, mixing="none", loss_of=None, epochs=2, accumulate=1, clip=None):
+    """Train a network as TeacherMatching should, in plain PyTorch."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+    torch.manual_seed(1)
+    for _ in range(epochs):
+        for index, (pixels, labels) in enumerate(data.train_dataloader()):
+            mixed = MIXINGS[mixing](data.augmented(pixels))
+            logits = [teacher(data.to_unit_range(mixed.images)) for teacher in teachers]
+            (loss_of(network(mixed.images), logits, mixed, labels) / accumulate).backward()
+            if (index + 1) % accumulate == 0:
+                if clip:
+                    nn.utils.clip_grad_norm_(network.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+    return network
+
+
+def the_papers_loss(student, teachers, mixed, labels):
+    return matching_loss(student, soften(teachers, 4.0), 4.0)
+
+
+def squares_to_train_on():
+    return D4MDataModule(Squares(), train_on="real", batch_size=6)
+
+
+def assert_same_weights(ours, reference):
+    for one, other in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_training_any_student_equals_a_plain_loop(teacher, student):
     torch.manual_seed(0)
     module = student()
     by_hand = copy.deepcopy(module.model)
+    keys = ("image", "label") if student is TakesDicts else None
+    fit(module, TeacherMatching(teacher, temperature=4.0), batch_keys=keys)
+    trained_by_hand(by_hand, [teacher], squares_to_train_on(), "cutmix", the_papers_loss)
+    assert_same_weights(module.model, by_hand)
+    assert not any(part._forward_hooks for part in module.modules())
 
-    fit(module, TeacherMatching(teacher, temperature=4.0, mixing=mixing))
 
-    data = D4MDataModule(Squares(), train_on="real", batch_size=6)
-    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
-    torch.manual_seed(1)
-    for _ in range(2):
-        for pixels, _ in data.train_dataloader():
-            images = data.augmented(pixels)
-            if mixing == "cutmix":
-                images = cutmix(images).images
-            loss = matching_loss(by_hand(images), teacher(data.to_unit_range(images)), 4.0)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    for ours, reference in zip(module.model.parameters(), by_hand.parameters(), strict=True):
-        torch.testing.assert_close(ours, reference)
+@pytest.mark.parametrize("mixing", ["cutmix", "mixup", "none"])
+@pytest.mark.parametrize(
+    ("options", "loss_of"),
+    [
+        ({}, lambda s, t, mixed, y: matching_loss(s, soften(t, 4.0), 4.0)),
+        ({"scale_by_temperature": True}, lambda s, t, mixed, y: 16 * matching_loss(s, soften(t, 4.0), 4.0)),
+        ({"loss": "mse"}, lambda s, t, mixed, y: ((s - t[0]) ** 2).mean()),
+        (
+            {"hard_label_weight": 0.3},
+            lambda s, t, mixed, y: (
+                matching_loss(s, soften(t, 4.0), 4.0)
+                + 0.3 * mixed.share * F.cross_entropy(s, y)
+                + 0.3 * (1 - mixed.share) * F.cross_entropy(s, y[mixed.permutation])
+            ),
+        ),
+    ],
+    ids=["kl", "kl times T²", "mse", "with hard labels"],
+)
+def test_each_loss_and_mixing_equals_a_plain_loop(teacher, mixing, options, loss_of):
+    torch.manual_seed(0)
+    module = Plain()
+    by_hand = copy.deepcopy(module.model)
+    fit(module, TeacherMatching(teacher, temperature=4.0, mixing=mixing, **options))
+    trained_by_hand(by_hand, [teacher], squares_to_train_on(), mixing, loss_of)
+    assert_same_weights(module.model, by_hand)
+
+
+def test_several_teachers_are_averaged(teacher):
+    torch.manual_seed(0)
+    module, other = (
+        Plain(),
+        Teacher(nn.Sequential(teacher.model, nn.Linear(3, 3)), Squares().classes, 16, Squares.mean, Squares.std),
+    )
+    nn.init.eye_(other.model[1].weight)
+    by_hand = copy.deepcopy(module.model)
+    fit(module, TeacherMatching([teacher, other], temperature=4.0))
+    trained_by_hand(by_hand, [teacher, other], squares_to_train_on(), "cutmix", the_papers_loss)
+    assert_same_weights(module.model, by_hand)
 
 
 def test_the_modules_metrics_get_integer_labels(teacher):
@@ -148,24 +328,31 @@ def test_a_step_set_on_the_instance_comes_back(teacher):
     assert module.training_step is own
 
 
-def test_the_students_logits_can_come_from_a_submodule(teacher):
-    module = CallsSubmodule()
-    assert "matching_loss" in fit(module, TeacherMatching(teacher, student="model")).callback_metrics
+def test_the_student_can_be_named(teacher):
+    assert "matching_loss" in fit(CallsSubmodule(), TeacherMatching(teacher, student="model")).callback_metrics
 
 
-def test_logits_that_are_not_seen_are_an_error_that_says_what_to_set(teacher):
-    with pytest.raises(InputError, match=r"saw no logits of shape \(2, 3\) .* set `student`"):
-        fit(CallsSubmodule(), TeacherMatching(teacher))
+@pytest.mark.parametrize("student", [CallsSubmodule, TakesNoIndex, TakesOtherNames])
+def test_a_named_student_that_gives_no_logits_is_an_error_before_training(teacher, student):
+    with pytest.raises(InputError, match=r"saw no logits of shape \(2, 3\) returned by its submodule 'model.1' .* set"):
+        fit(student(), TeacherMatching(teacher, student="model.1"))
 
 
 def test_logits_that_go_missing_while_training_are_an_error(teacher):
-    class NeedsTrainer(CallsSubmodule):
-        def training_step(self, batch, batch_idx):
-            assert self.trainer.training  # so that no step can be tried before
-            return super().training_step(batch, batch_idx)
-
     with pytest.raises(InputError, match=r"saw no logits of shape \(6, 3\) .* set `student`"):
-        fit(NeedsTrainer(), TeacherMatching(teacher))
+        fit(NeedsTrainer(), TeacherMatching(teacher, student="model.1"))
+
+
+def test_logits_that_no_module_returns_are_an_error(teacher):
+    class Functional(Plain):
+        def training_step(self, batch, batch_idx):
+            hidden = self.model[1](batch[0].flatten(1))
+            return F.cross_entropy(F.linear(hidden, self.model[3].weight), batch[1])
+
+    with pytest.raises(
+        InputError, match=r"returned by it or a submodule of it in the training step of Functional; set"
+    ):
+        fit(Functional(), TeacherMatching(teacher))
 
 
 def test_trying_a_step_leaves_module_and_random_state_alone(teacher):
@@ -173,7 +360,7 @@ def test_trying_a_step_leaves_module_and_random_state_alone(teacher):
     before = copy.deepcopy(module.state_dict())
     state = torch.get_rng_state()
     data = D4MDataModule(Squares(), train_on="real")
-    TeacherMatching(teacher)._check_that_logits_are_seen(module, data)
+    assert TeacherMatching(teacher)._tried(module, data) == ""
     assert module.labels == []
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
@@ -200,22 +387,6 @@ def test_other_data_is_refused(teacher):
         quiet_trainer(max_epochs=1, callbacks=[TeacherMatching(teacher)]).fit(Plain(), datamodule=Other())
 
 
-class TakesNoIndex(CallsSubmodule):
-    def training_step(self, batch):
-        return super().training_step(batch, 0)
-
-
-class TakesOtherNames(CallsSubmodule):
-    def training_step(self, b, i):
-        return super().training_step(b, i)
-
-
-@pytest.mark.parametrize("student", [TakesNoIndex, TakesOtherNames])
-def test_a_step_of_any_signature_is_tried_before(teacher, student):
-    with pytest.raises(InputError, match=r"saw no logits of shape \(2, 3\)"):
-        fit(student(), TeacherMatching(teacher))
-
-
 def test_layers_may_be_built_late(teacher):
     class Late(CallsSubmodule):
         def __init__(self):
@@ -225,7 +396,7 @@ def test_layers_may_be_built_late(teacher):
         def configure_model(self):
             self.model = Plain().model
 
-    assert "matching_loss" in fit(Late(), TeacherMatching(teacher, student="model")).callback_metrics
+    assert "matching_loss" in fit(Late(), TeacherMatching(teacher)).callback_metrics
 
 
 def test_a_teacher_at_chance_is_refused(teacher):
@@ -235,8 +406,8 @@ def test_a_teacher_at_chance_is_refused(teacher):
 
 
 def test_an_unknown_mixing_is_refused():
-    with pytest.raises(InputError, match="`mixing` is 'mixup'; use cutmix or none"):
-        TeacherMatching(mixing="mixup")
+    with pytest.raises(InputError, match="`mixing` is 'cutmux'; use cutmix, mixup, none"):
+        TeacherMatching(mixing="cutmux")
 
 
 def test_a_temperature_of_zero_is_refused():

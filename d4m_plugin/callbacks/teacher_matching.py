@@ -3,20 +3,21 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.errors import InputError
-from d4m_plugin.matching import cutmix, matching_loss
+from d4m_plugin.logits import LogitsHook, all_logits, source_of_logits
+from d4m_plugin.matching import MIXINGS, Mixed, matching_loss, soften
 from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher
 
 
@@ -24,41 +25,63 @@ class TeacherMatching(L.Callback):
     """Make a LightningModule learn from a teacher in place of the labels, its code unedited.
 
     While fitting, each batch is mixed and goes through the module's own `training_step`; the student's logits are
-    taken from its forward pass, and the loss that it returns is replaced by the one of matching the teacher, which
-    sees the same pixels. The module's own metrics go on: they get integer labels, those of the larger part of each
-    mixed image. The teacher is held here alone: no part of it is in the module, its checkpoint or its optimiser.
+    taken from the forward pass that it makes there, and the loss that it returns is replaced by the one of matching
+    the teacher, which sees the same pixels. The module's own metrics go on: they get integer labels, those of the
+    larger part of each mixed image. The teacher is held here alone: no part of it is in the module, its checkpoint or
+    its optimiser.
 
     Args:
         teacher: `auto` for the source's own; a checkpoint (.ckpt) of a run with `train_on: real`; `torchvision:NAME`
-            for a classifier trained on ImageNet; or null to leave the module's own loss and batches alone.
+            for a classifier trained on ImageNet; a list of teachers, whose softened outputs are averaged; or null to
+            leave the module's own loss and batches alone. In Python, a Teacher too.
         temperature: T, by which the logits of both are divided, above 0.
-        mixing: `cutmix` (the paper's) or `none`.
-        student: the submodule that returns the logits, such as `model`; by default the module itself, which then
-            has to call `self(images)` in its training step.
+        mixing: `cutmix` (the paper's), `mixup` or `none`.
+        loss: `kl` of the softened outputs (the paper's, equation 8), or `mse` of the logits, which knows no
+            temperature (as EDC, arXiv:2404.13733, and later work).
+        scale_by_temperature: multiply the KL by T², so that its gradient does not depend on T (Hinton et al.,
+            arXiv:1503.02531); the paper does not.
+        hard_label_weight: of the cross entropy with the labels, mixed as the images are, that is added to the loss.
+        student: the submodule that returns the logits, such as `model`; by default the outermost that does.
 
     Raises:
         InputError: where an option cannot work, the teacher is unknown, has other classes or is at chance on real
-            images, the data is not a D4MDataModule, the module optimises manually, or no logits are seen.
+            images, the data is not a D4MDataModule, the module optimises manually, no logits are seen, or processes
+            would wait for the gradients of parameters that have no part in them.
     """
 
     def __init__(
         self,
-        teacher: str | Path | Teacher | None = "auto",
+        teacher: str | Teacher | Sequence[str | Teacher] | None = "auto",
         temperature: float = 20.0,
-        mixing: Literal["cutmix", "none"] = "cutmix",
+        mixing: Literal["cutmix", "mixup", "none"] = "cutmix",
+        loss: Literal["kl", "mse"] = "kl",
+        scale_by_temperature: bool = False,
+        hard_label_weight: float = 0.0,
         student: str | None = None,
     ) -> None:
-        if mixing not in ("cutmix", "none"):
-            raise InputError(f"`mixing` is {mixing!r}; use cutmix or none.")
+        if mixing not in MIXINGS:
+            raise InputError(f"`mixing` is {mixing!r}; use {', '.join(MIXINGS)}.")
+        if loss not in ("kl", "mse"):
+            raise InputError(f"`loss` is {loss!r}; use kl or mse.")
         if not temperature > 0:
             raise InputError(f"`temperature` is {temperature}; it must be above 0.")
-        self.teacher, self.temperature, self.mixing, self.student = teacher, temperature, mixing, student
-        self._loaded: Teacher | None = None
+        if not hard_label_weight >= 0:
+            raise InputError(f"`hard_label_weight` is {hard_label_weight}; it must be at least 0.")
+        if teacher is not None and not isinstance(teacher, Teacher) and not teacher:
+            raise InputError(f"`teacher` is {teacher!r}; name one, or null for the labels alone.")
+        if teacher is None or isinstance(teacher, str | Teacher):
+            teacher = [teacher] if teacher else []
+        self.teachers: list[str | Teacher] = list(teacher)
+        self.temperature, self.mixing, self.loss = temperature, mixing, loss
+        self.scale_by_temperature, self.hard_label_weight = scale_by_temperature, hard_label_weight
+        self.student = student
+        self._loaded: list[Teacher] = []
+        self._hook: LogitsHook | None = None
         self._restore: Callable[[], None] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Load the teacher and wrap the module's training step."""
-        if stage != "fit" or self.teacher is None:
+        """Load the teachers and wrap the module's training step."""
+        if stage != "fit" or not self.teachers:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit and declares it nowhere
         if not isinstance(data, D4MDataModule):
@@ -68,16 +91,32 @@ class TeacherMatching(L.Callback):
                 f"{type(pl_module).__name__} has `automatic_optimization` set to False, so TeacherMatching cannot "
                 "replace its loss; use a module that returns its loss from `training_step`."
             )
+        found = self.student
         if not (is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)):
-            self._check_that_logits_are_seen(pl_module, data)  # all its layers are there by now
-        self._loaded = load_teacher(self.teacher, data.source)
-        check_above_chance(self._loaded, data.source)
-        self._wrap(pl_module, self._loaded, data)
+            found = self._tried(pl_module, data)  # all its layers are there by now
+        self._loaded = [load_teacher(teacher, data.source) for teacher in self.teachers]
+        for teacher in self._loaded:
+            check_above_chance(teacher, data.source)
+        if found is not None:
+            self._hook = LogitsHook(pl_module.get_submodule(found))
+        self._wrap(pl_module, data)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move the teacher to where the module is."""
-        if self._loaded is not None:
-            self._loaded.to(pl_module.device)
+        """Move the teachers to where the module is."""
+        for teacher in self._loaded:
+            teacher.to(pl_module.device)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Name the parameters for whose gradients processes would wait for ever."""
+        strategy = trainer.strategy
+        if self._restore and isinstance(strategy, DDPStrategy) and trainer.global_step == 0:
+            finds_them = strategy._ddp_kwargs.get("find_unused_parameters")
+            unused = [name for name, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
+            if unused and not finds_them:
+                raise InputError(
+                    f"{len(unused)} parameters of {type(pl_module).__name__} have no part in its logits, such as "
+                    f"{unused[0]!r}; set `strategy` (`--trainer.strategy`) to ddp_find_unused_parameters_true."
+                )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module its own training step back."""
@@ -87,55 +126,70 @@ class TeacherMatching(L.Callback):
         """Give the module its own training step back."""
         self._unwrap()
 
-    def _logits_module(self, pl_module: L.LightningModule) -> nn.Module:
-        if self.student is None:
-            return pl_module
-        try:
-            return pl_module.get_submodule(self.student)
-        except AttributeError as error:
-            names = ", ".join(name for name, _ in pl_module.named_children())
-            raise InputError(
-                f"`student` is {self.student!r}, which {type(pl_module).__name__} does not have; it has {names}."
-            ) from error
+    def _tried(self, pl_module: L.LightningModule, data: D4MDataModule) -> str | None:
+        """Return which submodule returns the logits, by a step of a copy on two black images.
 
-    def _check_that_logits_are_seen(self, pl_module: L.LightningModule, data: D4MDataModule) -> None:
-        """Run the step of a copy on two black images, so that a wrong `student` is known before any long work."""
-        batch = torch.zeros(2, 3, data.image_size, data.image_size), torch.zeros(2, dtype=torch.int64)
-        self._logits_module(pl_module)
+        So a wrong `student` is known before any long work. None where the step needs its trainer: training tells.
+        """
+        images = torch.zeros(2, 3, data.image_size, data.image_size)
+        batch = data.packed(images, torch.zeros(2, dtype=torch.int64))
+        if self.student is not None:
+            self._check_is_there(pl_module, self.student)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
                 copied = copy.deepcopy(pl_module).cpu()
+                step = functools.partial(type(copied).training_step, copied)  # not one set on the instance
                 takes_index = is_param_in_hook_signature(copied.training_step, "batch_idx", min_args=2)
-                arguments = (batch, 0) if takes_index else (batch,)
-                with _logits_of(self._logits_module(copied), (2, data.num_classes)) as seen:
-                    copied.training_step(*arguments)
+                with all_logits(copied, (2, data.num_classes)) as seen:
+                    step(batch, 0) if takes_index else step(batch)
         except Exception:
-            return  # a module that needs its trainer to make a step: if its step is wrong, training says so
-        if not seen:
-            raise self._nothing_seen(pl_module, (2, data.num_classes))
+            return self.student
+        return self._chosen(seen, pl_module, (2, data.num_classes))
+
+    def _check_is_there(self, pl_module: L.LightningModule, name: str) -> None:
+        try:
+            pl_module.get_submodule(name)
+        except AttributeError as error:
+            names = ", ".join(name for name, _ in pl_module.named_children())
+            raise InputError(
+                f"`student` is {name!r}, which {type(pl_module).__name__} does not have; it has {names}."
+            ) from error
+
+    def _chosen(self, seen: list[tuple[str, Tensor]], pl_module: L.LightningModule, shape: tuple[int, int]) -> str:
+        found = self.student if self.student in dict(seen) else None if self.student else source_of_logits(seen)
+        if found is None:
+            raise self._nothing_seen(pl_module, shape)
+        return found
 
     def _nothing_seen(self, pl_module: L.LightningModule, shape: tuple[int, int]) -> InputError:
-        where = "the module itself" if self.student is None else repr(self.student)
+        where = f"its submodule {self.student!r}" if self.student else "it or a submodule of it"
         return InputError(
-            f"TeacherMatching saw no logits of shape {shape} from {where} in the training step of "
+            f"TeacherMatching saw no logits of shape {shape} returned by {where} in the training step of "
             f"{type(pl_module).__name__}; set `student` (`--matching.student`) to the submodule that returns them."
         )
 
-    def _wrap(self, pl_module: L.LightningModule, teacher: Teacher, data: D4MDataModule) -> None:
+    def _wrap(self, pl_module: L.LightningModule, data: D4MDataModule) -> None:
         own_step = pl_module.training_step
 
         @functools.wraps(own_step)
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            images, labels = _images_and_labels(batch)
-            if self.mixing == "cutmix":
-                mixed = cutmix(images)
-                images, labels = mixed.images, mixed.labels(labels)
+            images, labels = data.unpacked(batch)
+            mixed = MIXINGS[self.mixing](images)
+            batch = data.packed(mixed.images, mixed.labels(labels))
             shape = (len(images), data.num_classes)
-            with _logits_of(self._logits_module(pl_module), shape) as seen:
-                result = own_step((images, labels), *args, **kwargs)
-            if not seen:
+            if self._hook:
+                self._hook.expect(shape)
+                result = own_step(batch, *args, **kwargs)
+                student = self._hook.take()
+            else:  # the first step, of a module that could not be tried before
+                with all_logits(pl_module, shape) as seen:
+                    result = own_step(batch, *args, **kwargs)
+                found = self._chosen(seen, pl_module, shape)
+                student = next(logits for name, logits in seen if name == found)
+                self._hook = LogitsHook(pl_module.get_submodule(found))
+            if student is None:
                 raise self._nothing_seen(pl_module, shape)
-            loss = matching_loss(seen[-1], teacher(data.to_unit_range(images)), self.temperature)
+            loss = self._loss(student, mixed, labels, data)
             pl_module.log("matching_loss", loss.detach(), prog_bar=True)
             return {**result, "loss": loss} if isinstance(result, dict) else loss
 
@@ -149,29 +203,22 @@ class TeacherMatching(L.Callback):
 
         self._restore = restore
 
+    def _loss(self, student: Tensor, mixed: Mixed, labels: Tensor, data: D4MDataModule) -> Tensor:
+        pixels = data.to_unit_range(mixed.images)
+        logits = [teacher(pixels) for teacher in self._loaded]
+        if self.loss == "mse":
+            loss = F.mse_loss(student.float(), torch.stack(logits).mean(0))
+        else:
+            loss = matching_loss(student, soften(logits, self.temperature), self.temperature)
+            loss = loss * self.temperature**2 if self.scale_by_temperature else loss
+        if self.hard_label_weight:
+            shares = mixed.values(F.one_hot(labels, data.num_classes).float())
+            loss = loss + self.hard_label_weight * F.cross_entropy(student.float(), shares)
+        return loss
+
     def _unwrap(self) -> None:
-        if self._restore is not None:
+        if self._restore:
             self._restore()
-        self._restore = self._loaded = None
-
-
-@contextmanager
-def _logits_of(module: nn.Module, shape: tuple[int, int]) -> Iterator[list[Tensor]]:
-    """Collect what a module returns of a shape: under DDP its outer call, which returns the loss, is seen too."""
-    seen: list[Tensor] = []
-
-    def see(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.shape == shape:
-            seen.append(output)
-
-    hook = module.register_forward_hook(see)
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, list | tuple) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise InputError(f"TeacherMatching takes batches of (images, labels); this one is a {type(batch).__name__}.")
+        if self._hook:
+            self._hook.remove()
+        self._restore, self._hook, self._loaded = None, None, []

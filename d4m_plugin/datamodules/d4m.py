@@ -46,6 +46,8 @@ class D4MDataModule(L.LightningDataModule):
         keep_latents: keep what the VAE made of the real images in the cache, for other sets of the same source.
         crop_scale: share of the image's area that a random crop covers, least and most.
         flip: mirror half of the training images; by default where the source says that it does no harm.
+        batch_keys: for a model that takes batches as dicts, the names of images and labels in them, such as
+            `[image, label]` (torchgeo) or `[pixel_values, labels]` (transformers); by default a batch is a tuple.
         cache_dir: where distilled sets are kept; by default $D4M_CACHE, else ~/.cache/d4m.
         set_folder: a finished distilled set to train on, whatever the recipe says.
         recipe: options of the Recipe.
@@ -69,6 +71,7 @@ class D4MDataModule(L.LightningDataModule):
         keep_latents: bool = False,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: bool | None = None,
+        batch_keys: tuple[str, str] | None = None,
         cache_dir: str | Path | None = None,
         set_folder: str | Path | None = None,
         **recipe: Any,
@@ -94,6 +97,7 @@ class D4MDataModule(L.LightningDataModule):
         self.train_on, self.num_workers = train_on, num_workers
         self.batch_size, self.distill_batch_size = batch_size, distill_batch_size
         self.crop_scale, self.cache_dir, self.keep_latents = crop_scale, cache_dir, keep_latents
+        self.batch_keys = batch_keys
         self.flip = self.source.flip if flip is None else flip
         self.num_classes = len(self.source.classes)
         self.image_size = self.recipe.image_size or self.source.image_size
@@ -163,11 +167,20 @@ class D4MDataModule(L.LightningDataModule):
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> Any:
         """Augment a training batch, normalise any other, on the device that the trainer has moved it to."""
         images, labels = batch
         trainer = self.trainer
-        return (self.augmented if trainer and trainer.training else self.normalised)(images), labels
+        return self.packed((self.augmented if trainer and trainer.training else self.normalised)(images), labels)
+
+    def packed(self, images: Tensor, labels: Tensor) -> Any:
+        """Return a batch as the model takes it: a tuple, or a dict by `batch_keys`."""
+        return dict(zip(self.batch_keys, (images, labels), strict=True)) if self.batch_keys else (images, labels)
+
+    def unpacked(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the images and labels of a batch made by `packed`."""
+        images, labels = (batch[key] for key in self.batch_keys or (0, 1))
+        return images, labels
 
     def augmented(self, images: Tensor) -> Tensor:
         """Return what the student sees of training images, uint8 (B, 3, H, W): cropped, flipped and normalised."""
