@@ -1,26 +1,34 @@
 """Where a teacher comes from, what it wants to see, and the order of its classes."""
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.devices import autocast, compute_dtype
 from d4m_plugin.diffusion import ASSETS, EMBEDDED
 from d4m_plugin.errors import InputError
-from d4m_plugin.models.students import create_student
+from d4m_plugin.models.students import SMALL_IMAGE, create_student
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import to_pixels
+from d4m_plugin.sources.names import match_classes, readable
 
 CHANCE_SAMPLE = 256  # real images that a teacher is tried on
+CHANCE_BATCH = 32
+SMALL_SOURCE = 50_000  # images of at most SMALL_IMAGE pixels: a teacher is trained in minutes
+MISSING_LISTED = 10  # names
 
 
 class Teacher(nn.Module):
@@ -67,41 +75,38 @@ class Teacher(nn.Module):
         return super().train(False)
 
 
-def load_teacher(teacher: str | Path | Teacher, source: Source) -> Teacher:
+def load_teacher(teacher: str | Path | nn.Module, source: Source, cache_dir: str | Path | None = None) -> Teacher:
     """Return a teacher whose logits are in the order of the source's classes.
 
     Args:
-        teacher: `auto` for the source's own; a checkpoint (.ckpt) of a run with `train_on: real`; a .safetensors
-            file written by `save_teacher`; `torchvision:NAME` for a classifier trained on ImageNet; or a Teacher.
+        teacher: `auto` for the source's own, which is trained and cached where the source is small;
+            `torchvision:NAME`, `timm:NAME` (where timm is installed) or `transformers:ID` (of the Hub, or a folder) for
+            a pretrained classifier; a checkpoint (.ckpt) of a run with `train_on: real`; a .safetensors file written
+            by `save_teacher`; a Teacher; or another module, which then takes what the source's students take.
         source: the real images.
+        cache_dir: where teachers trained for `auto` are kept, as for D4MDataModule.
 
     Raises:
         InputError: where there is no such teacher, or a class of the source is not among its classes.
     """
-    found = teacher if isinstance(teacher, Teacher) else _open(str(teacher), source)
-    order, missing = _order(source.classes, found.classes)
+    if isinstance(teacher, Teacher):
+        found = teacher
+    elif isinstance(teacher, nn.Module):
+        found = Teacher(teacher, source.classes, source.image_size, source.mean, source.std)
+    else:
+        found = _open(str(teacher), source, cache_dir)
+    order, missing = match_classes(source.classes, found.classes)
     if missing:
+        listed = ", ".join(map(repr, missing[:MISSING_LISTED]))
+        more = f" and {len(missing) - MISSING_LISTED} more" if len(missing) > MISSING_LISTED else ""
         raise InputError(
             f"`teacher` is {_named(teacher)!r}, which does not know {len(missing)} of {len(source.classes)} classes of "
-            f"{source.name}, such as {missing[0]!r}; use a teacher trained on them (`train_on: real`)."
+            f"{source.name} ({listed}{more}); use a teacher trained on them (`train_on: real`)."
         )
     if order == list(range(len(found.classes))):
         return found
     model = nn.Sequential(found.model, _Columns(order))
     return Teacher(model, source.classes, found.image_size, found.mean.flatten().tolist(), found.std.flatten().tolist())
-
-
-def _order(wanted: Sequence[str], known: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Return where each wanted class stands among the known ones, and the wanted ones that do not.
-
-    The second of two classes of one name is the second that the teacher knows by it.
-    """
-    places: dict[str, list[int]] = {}
-    for place, name in enumerate(known):
-        places.setdefault(name, []).append(place)
-    found = [places[name].pop(0) if places.get(name) else None for name in wanted]
-    missing = [name for name, place in zip(wanted, found, strict=True) if place is None]
-    return [place for place in found if place is not None], missing
 
 
 class _Columns(nn.Module):
@@ -117,42 +122,106 @@ class _Columns(nn.Module):
         return logits[:, self.order]
 
 
-def _named(teacher: str | Path | Teacher) -> str:
-    return type(teacher.model).__name__ if isinstance(teacher, Teacher) else str(teacher)
+def _named(teacher: str | Path | nn.Module) -> str:
+    if isinstance(teacher, Teacher):
+        teacher = teacher.model
+    return type(teacher).__name__ if isinstance(teacher, nn.Module) else str(teacher)
 
 
-def _open(teacher: str, source: Source) -> Teacher:
+def _open(teacher: str, source: Source, cache_dir: str | Path | None) -> Teacher:
+    if teacher == "auto" and source.teacher is None:
+        return _read_safetensors(_trained_once(source, cache_dir))
     if teacher == "auto":
-        if source.teacher is None:
-            raise InputError(
-                f"`teacher` is 'auto', but {source.name} has none; train one with `train_on: real` and name its "
-                "checkpoint, or set `teacher` to null to train on the labels."
-            )
-        teacher = source.teacher
+        teacher = str(source.teacher)
     if teacher in EMBEDDED:
         return _read_safetensors(ASSETS / teacher / "teacher.safetensors")
-    if teacher.startswith("torchvision:"):
-        return _from_torchvision(teacher.removeprefix("torchvision:"))
+    library, colon, name = teacher.partition(":")
+    if colon and library in _LIBRARIES:
+        try:
+            return _LIBRARIES[library](name)
+        except ImportError as error:
+            raise InputError(f"`teacher` is {teacher!r}, but {library} is not installed here.") from error
+        except (OSError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"`teacher` is {teacher!r}, which cannot be loaded: {reason}") from error
     path = Path(teacher)
     if path.is_file() and path.suffix in (".ckpt", ".safetensors"):
         return _build(*_student_of(path)) if path.suffix == ".ckpt" else _read_safetensors(path)
     raise InputError(
-        f"`teacher` is {teacher!r}, neither auto, torchvision:NAME, nor an existing .ckpt or .safetensors file."
+        f"`teacher` is {teacher!r}, neither auto, {', '.join(f'{library}:NAME' for library in _LIBRARIES)}, nor an "
+        "existing .ckpt or .safetensors file."
     )
+
+
+def _trained_once(source: Source, cache_dir: str | Path | None) -> Path:
+    """Return the teacher of a small source, trained here where it is not in the cache."""
+    images = len(source.train())
+    if source.image_size > SMALL_IMAGE or images > SMALL_SOURCE:
+        raise InputError(
+            f"`teacher` is 'auto', but {source.name} has none, and its {images:,} images of {source.image_size} pixels "
+            "are too many to train one unasked; train one with `train_on: real` and name its checkpoint, name a "
+            "pretrained one such as torchvision:resnet18, or set `teacher` to null to train on the labels."
+        )
+    from d4m_plugin.teaching import train_teacher
+
+    key = hashlib.sha256(json.dumps([source.fingerprint, list(source.classes)]).encode()).hexdigest()[:12]
+    path = resolve_cache_dir(cache_dir) / "teachers" / f"{source.name}-{key}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            train_teacher(source, path, cache_dir)
+    return path
 
 
 def _from_torchvision(name: str) -> Teacher:
     import torchvision
 
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise InputError(f"`teacher` is 'torchvision:{name}', which torchvision does not have; see its list_models().")
     weights = torchvision.models.get_model_weights(name).DEFAULT
     transform = weights.transforms()
-    try:
-        model = torchvision.models.get_model(name, weights=weights)
-    except OSError as error:
-        raise InputError(f"`teacher` is 'torchvision:{name}', whose weights cannot be fetched: {error}") from error
+    weights.get_state_dict(progress=True, check_hash=True, weights_only=True)  # the next line would run a pickle
+    model = torchvision.models.get_model(name, weights=weights)
     return Teacher(model, weights.meta["categories"], transform.crop_size[0], transform.mean, transform.std)
+
+
+def _from_timm(name: str) -> Teacher:
+    import timm
+
+    model = timm.create_model(name, pretrained=True)
+    expects = timm.data.resolve_model_data_config(model)
+    classes = model.pretrained_cfg.get("label_names")
+    if classes is None:
+        subset = timm.data.infer_imagenet_subset(model)
+        if subset is None:
+            raise ValueError("it does not say what its classes are")
+        classes = [readable(each) for each in timm.data.ImageNetInfo(subset).label_names()]
+    return Teacher(model, classes, expects["input_size"][-1], expects["mean"], expects["std"])
+
+
+def _from_transformers(name: str) -> Teacher:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(name)
+    processor = AutoImageProcessor.from_pretrained(name)
+    size = dict(getattr(processor, "crop_size", None) or processor.size)
+    edge = size.get("height") or size.get("shortest_edge")
+    classes = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0, 0, 0), (1, 1, 1))
+    return Teacher(_Logits(model), classes, int(edge or model.config.image_size), mean, std)
+
+
+class _Logits(nn.Module):
+    """A transformers classifier that returns its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images).logits
+        return logits
+
+
+_LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm, "transformers": _from_transformers}
 
 
 def _read_safetensors(path: Path) -> Teacher:
@@ -193,19 +262,18 @@ def _build(student: dict[str, Any], data: dict[str, Any], weights: dict[str, Ten
     return Teacher(model, data["classes"], student["image_size"], data["mean"], data["std"])
 
 
-def check_above_chance(teacher: Teacher, source: Source) -> None:
-    """Refuse a teacher that knows no more of real test images than chance.
-
-    Its accuracy on a sample of them has to be three standard deviations above that of guessing.
+def check_above_chance(teacher: Teacher, source: Source) -> str:
+    """Return how many of a sample of real test images a teacher names rightly, in words.
 
     Raises:
-        InputError: where it is not.
+        InputError: where that is not three standard deviations above what guessing would reach.
     """
     images = source.test()
     chosen = torch.randperm(len(images), generator=generator_of(0))[:CHANCE_SAMPLE].tolist()
     pixels = torch.stack([to_pixels(images[index][0], teacher.image_size) for index in chosen])
     labels = torch.as_tensor(images.targets)[chosen]
-    accuracy = (teacher(pixels / 255).argmax(1) == labels).float().mean().item()
+    named = torch.cat([teacher(batch / 255).argmax(1) for batch in pixels.split(CHANCE_BATCH)])
+    accuracy = (named == labels).float().mean().item()
     chance = 1 / len(source.classes)
     if accuracy < chance + 3 * math.sqrt(chance * (1 - chance) / len(chosen)):
         raise InputError(
@@ -213,3 +281,4 @@ def check_above_chance(teacher: Teacher, source: Source) -> None:
             f"chance ({chance:.0%}); it has learnt too little, or the order of its classes or its normalisation is not "
             "what it was trained with."
         )
+    return f"names {accuracy:.0%} of {len(chosen)} real test images of {source.name} rightly (chance: {chance:.0%})"

@@ -1,9 +1,12 @@
 import lightning as L
 import pytest
 import torch
+import torchvision
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Teacher
+from d4m_plugin.sources.names import imagenet_ids, match_classes, readable, wordnet
 from d4m_plugin.teachers import load_teacher, save_teacher
 from tests.toys import Squares
 
@@ -41,7 +44,7 @@ def test_classes_are_matched_by_name_in_any_order():
 
 
 def test_a_teacher_of_other_classes_is_refused():
-    with pytest.raises(InputError, match="does not know 2 of 3 classes of squares, such as 'green / blue'"):
+    with pytest.raises(InputError, match=r"does not know 2 of 3 classes of squares \('green / blue', 'ünï 🦆'\)"):
         load_teacher(teacher(("red", "blue", "yellow")), Squares())
 
 
@@ -66,7 +69,7 @@ def test_a_checkpoint_of_real_training_is_a_teacher(checkpoint, tmp_path):
     found = load_teacher(path, Squares())
     images = torch.rand(2, 3, 16, 16)
     mean, std = torch.tensor(Squares.mean).view(3, 1, 1), torch.tensor(Squares.std).view(3, 1, 1)
-    torch.testing.assert_close(found(images), module((images - mean) / std))
+    torch.testing.assert_close(found(images), module((images - mean) / std), atol=0.02, rtol=0.02)  # bfloat16
 
     save_teacher(path, tmp_path / "teacher.safetensors")
     saved = load_teacher(tmp_path / "teacher.safetensors", Squares())
@@ -74,13 +77,103 @@ def test_a_checkpoint_of_real_training_is_a_teacher(checkpoint, tmp_path):
     assert saved.classes == found.classes
 
 
+def test_a_plain_module_takes_what_the_students_take():
+    found = load_teacher(FirstPixel(), Squares())
+    images = torch.rand(2, 3, 16, 16)
+    mean, std = torch.tensor(Squares.mean).view(3, 1, 1), torch.tensor(Squares.std).view(3, 1, 1)
+    torch.testing.assert_close(found(images), ((images - mean) / std)[:, :, 0, 0])
+
+
+@pytest.fixture
+def vit(tmp_path):
+    """The folder of a transformers classifier with random weights."""
+    labels = {0: "Red", 1: "something else", 2: "ünï_🦆", 3: "green / blue"}
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
+    )
+    config.id2label, config.label2id = labels, {name: label for label, name in labels.items()}
+    model = ViTForImageClassification(config)
+    model.save_pretrained(tmp_path)
+    size = {"height": 8, "width": 8}
+    ViTImageProcessor(size=size, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    return tmp_path, model.eval()
+
+
+def test_a_transformers_classifier_brings_its_size_normalisation_and_names(vit):
+    path, model = vit
+    found = load_teacher(f"transformers:{path}", Squares())
+    pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    inputs = ViTImageProcessor.from_pretrained(path)(list(pixels), return_tensors="pt", do_resize=False)
+    expected = model(inputs.pixel_values).logits[:, [0, 3, 2]]
+    torch.testing.assert_close(found(pixels / 255), expected, atol=0.02, rtol=0.02)  # half precision
+    assert found.image_size == 8
+
+
+def test_a_torchvision_classifier_brings_imagenets_names(tmp_path, monkeypatch):
+    """Random weights, where torchvision looks for those that it has fetched."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.get_model_weights("squeezenet1_1").DEFAULT
+    model = torchvision.models.squeezenet1_1().eval()
+    file = tmp_path / "hub" / "checkpoints" / weights.url.rpartition("/")[2]
+    file.parent.mkdir(parents=True)
+    torch.save(model.state_dict(), file)
+    found = load_teacher("torchvision:squeezenet1_1", Squares(classes=("crane", "crane bird", "tabby cat")))
+    images = torch.rand(2, 3, 224, 224)
+    expected = model((images - found.mean) / found.std)[:, [517, 134, 281]]
+    torch.testing.assert_close(found(images), expected, atol=0.02, rtol=0.02)
+
+    torch.save({"evil": Exploit()}, file)
+    with pytest.raises(
+        InputError, match="'torchvision:squeezenet1_1', which cannot be loaded: Weights only load failed"
+    ):
+        load_teacher("torchvision:squeezenet1_1", Squares())
+
+
+class Exploit:
+    def __reduce__(self):
+        return print, ("a teacher's file has run code",)
+
+
+def test_imagenets_classes_are_known_by_any_library_s_names():
+    ours = [readable(each) for each in imagenet_ids()]
+    transformers = [wordnet()[each].removeprefix("crane bird, ") for each in imagenet_ids()]  # 134 is "crane" as well
+    assert (transformers[134], transformers[517]) == ("crane", "crane")
+    for theirs in (ours, transformers, list(imagenet_ids())):
+        assert match_classes(["crane", "crane bird"], theirs) == ([517, 134], [])
+        assert match_classes(["n02012849", "white shark", "Tabby_cat"], theirs) == ([134, 2, 281], [])
+        assert match_classes(ours, theirs) == (list(range(1000)), [])
+
+
+def test_a_name_that_could_be_two_classes_is_missing():
+    assert match_classes(["Cat", "dog"], ["cat", "CAT", "dog"]) == ([2], ["Cat"])
+
+
+def test_the_teacher_of_a_small_source_is_trained_once(monkeypatch, tmp_path):
+    monkeypatch.setattr("d4m_plugin.teaching.LEAST_STEPS", 2)
+    torch.manual_seed(0)
+    first, then = load_teacher("auto", Squares(), tmp_path), torch.rand(3)
+    assert len(list((tmp_path / "teachers").glob("squares-*.safetensors"))) == 1
+    monkeypatch.setattr("d4m_plugin.teaching.train_teacher", None)
+    torch.manual_seed(0)
+    again = load_teacher("auto", Squares(), tmp_path)
+    assert torch.equal(torch.rand(3), then)  # training it took nothing from the caller's random numbers
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(again(images), first(images))
+
+
+def test_no_teacher_is_trained_unasked_on_many_images(monkeypatch):
+    monkeypatch.setattr("d4m_plugin.teachers.SMALL_SOURCE", 10)
+    with pytest.raises(InputError, match="'auto', but squares has none, and its 18 images of 16 pixels are too many"):
+        load_teacher("auto", Squares())
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("auto", "`teacher` is 'auto', but squares has none"),
         ("nonsense", "`teacher` is 'nonsense', neither"),
         ("missing.ckpt", "`teacher` is 'missing.ckpt', neither"),
-        ("torchvision:resnet19", "`teacher` is 'torchvision:resnet19'"),
+        ("torchvision:resnet19", "`teacher` is 'torchvision:resnet19', which cannot be loaded: Unknown model resnet19"),
+        ("transformers:nobody/nothing", "`teacher` is 'transformers:nobody/nothing', which cannot be loaded"),
     ],
 )
 def test_an_unknown_teacher_is_named(name, says):

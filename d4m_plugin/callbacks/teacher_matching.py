@@ -9,9 +9,10 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d4m_plugin.datamodules import D4MDataModule
@@ -31,9 +32,11 @@ class TeacherMatching(L.Callback):
     its optimiser.
 
     Args:
-        teacher: `auto` for the source's own; a checkpoint (.ckpt) of a run with `train_on: real`; `torchvision:NAME`
-            for a classifier trained on ImageNet; a list of teachers, whose softened outputs are averaged; or null to
-            leave the module's own loss and batches alone. In Python, a Teacher too.
+        teacher: `auto` for the source's own, or one trained on its real images once where it is small;
+            `torchvision:NAME`, `timm:NAME` or `transformers:ID`, a pretrained classifier; a checkpoint (.ckpt) of a run
+            with `train_on: real`; a list of teachers, whose softened outputs are averaged; or null to leave the
+            module's own loss and batches alone. In Python, a Teacher too, or another module that takes the same input
+            as the student.
         temperature: T, by which the logits of both are divided, above 0.
         mixing: `cutmix` (the paper's), `mixup` or `none`.
         loss: `kl` of the softened outputs (the paper's, equation 8), or `mse` of the logits, which knows no
@@ -51,7 +54,7 @@ class TeacherMatching(L.Callback):
 
     def __init__(
         self,
-        teacher: str | Teacher | Sequence[str | Teacher] | None = "auto",
+        teacher: str | nn.Module | Sequence[str | nn.Module] | None = "auto",
         temperature: float = 20.0,
         mixing: Literal["cutmix", "mixup", "none"] = "cutmix",
         loss: Literal["kl", "mse"] = "kl",
@@ -67,11 +70,11 @@ class TeacherMatching(L.Callback):
             raise InputError(f"`temperature` is {temperature}; it must be above 0.")
         if not hard_label_weight >= 0:
             raise InputError(f"`hard_label_weight` is {hard_label_weight}; it must be at least 0.")
-        if teacher is not None and not isinstance(teacher, Teacher) and not teacher:
+        if isinstance(teacher, str | list | tuple) and not teacher:
             raise InputError(f"`teacher` is {teacher!r}; name one, or null for the labels alone.")
-        if teacher is None or isinstance(teacher, str | Teacher):
-            teacher = [teacher] if teacher else []
-        self.teachers: list[str | Teacher] = list(teacher)
+        self.teachers: list[str | nn.Module] = []
+        if teacher is not None:
+            self.teachers = [teacher] if isinstance(teacher, str | nn.Module) else list(teacher)
         self.temperature, self.mixing, self.loss = temperature, mixing, loss
         self.scale_by_temperature, self.hard_label_weight = scale_by_temperature, hard_label_weight
         self.student = student
@@ -94,9 +97,10 @@ class TeacherMatching(L.Callback):
         found = self.student
         if not (is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)):
             found = self._tried(pl_module, data)  # all its layers are there by now
-        self._loaded = [load_teacher(teacher, data.source) for teacher in self.teachers]
-        for teacher in self._loaded:
-            check_above_chance(teacher, data.source)
+        self._loaded = [load_teacher(teacher, data.source, data.cache_dir) for teacher in self.teachers]
+        for name, teacher in zip(self.teachers, self._loaded, strict=True):
+            tried = check_above_chance(teacher, data.source)
+            rank_zero_info(f"Teacher {name if isinstance(name, str) else type(name).__name__}: {tried}.")
         if found is not None:
             self._hook = LogitsHook(pl_module.get_submodule(found))
         self._wrap(pl_module, data)
