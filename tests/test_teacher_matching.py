@@ -1,11 +1,19 @@
 import copy
+import itertools
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Teacher, TeacherMatching
@@ -183,20 +191,41 @@ def teacher():
     return Teacher(network, Squares().classes, 16, Squares.mean, Squares.std)
 
 
-def trained_by_hand(network, teachers, data, mixing="none", loss_of=None, epochs=2, accumulate=1, clip=None):
+def trained_by_hand(
+    network,
+    teachers,
+    data,
+    mixing,
+    loss_of,
+    epochs=2,
+    accumulate=1,
+    clip=None,
+    autocast=False,
+    shuffle=True,
+    after_step=lambda step: None,
+):
     """Train a network as TeacherMatching should, in plain PyTorch."""
+    loader = data.train_dataloader()
+    if not shuffle:
+        loader = DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
+    steps = itertools.count()
+    first = copy.deepcopy(list(network.parameters()))
     optimizer = torch.optim.SGD(network.parameters(), lr=LR)
     torch.manual_seed(1)
     for _ in range(epochs):
-        for index, (pixels, labels) in enumerate(data.train_dataloader()):
+        for index, (pixels, labels) in enumerate(loader):
             mixed = MIXINGS[mixing](data.augmented(pixels))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                student = network(mixed.images)
             logits = [teacher(data.to_unit_range(mixed.images)) for teacher in teachers]
-            (loss_of(network(mixed.images), logits, mixed, labels) / accumulate).backward()
+            (loss_of(student, logits, mixed, labels) / accumulate).backward()
             if (index + 1) % accumulate == 0:
                 if clip:
                     nn.utils.clip_grad_norm_(network.parameters(), clip)
                 optimizer.step()
                 optimizer.zero_grad()
+                after_step(next(steps))
+    assert max((now - before).abs().max() for now, before in zip(network.parameters(), first, strict=True)) > 1e-3
     return network
 
 
@@ -431,7 +460,176 @@ def test_matching_a_trained_teacher_teaches():
 
 
 @pytest.mark.parametrize(
-    "options", [{"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 0.1}]
+    ("options", "by_hand"),
+    [
+        ({"accumulate_grad_batches": 3}, {"accumulate": 3}),
+        ({"gradient_clip_val": 0.01}, {"clip": 0.01}),
+        ({"precision": "bf16-mixed"}, {"autocast": True}),
+        ({"precision": "16-mixed"}, {"autocast": True}),  # on a CPU Lightning makes it bfloat16
+        ({"max_epochs": 5, "overfit_batches": 3}, {"epochs": 5, "shuffle": False}),
+    ],
+    ids=["accumulation", "clipping", "bf16", "fp16", "overfit_batches"],
 )
-def test_the_trainers_own_options_go_on(teacher, options):
-    assert fit(Plain(), TeacherMatching(teacher), **options).callback_metrics["matching_loss"] > 0
+def test_the_trainers_own_options_equal_a_plain_loop(teacher, options, by_hand):
+    torch.manual_seed(0)
+    module = Plain()
+    network = copy.deepcopy(module.model)
+    fit(module, TeacherMatching(teacher, temperature=4.0), **options)
+    trained_by_hand(network, [teacher], squares_to_train_on(), "cutmix", the_papers_loss, **by_hand)
+    assert_same_weights(module.model, network)
+
+
+class Checkpoints(Plain):
+    """Computes its hidden layer again in the backward pass."""
+
+    def forward(self, images):
+        return self.model[2:](checkpoint(self.model[:2], images, use_reentrant=False))
+
+
+class Compiles(Plain):
+    def __init__(self):
+        super().__init__()
+        self.model.compile()
+
+
+class CompilesASubmodule(CallsSubmodule):
+    def __init__(self):
+        super().__init__()
+        self.model.compile()
+
+
+class HoldsACompiledNetwork(CallsSubmodule):
+    def __init__(self):
+        super().__init__()
+        self.model = torch.compile(self.model)
+
+
+@pytest.mark.parametrize("student", [Checkpoints, Compiles, CompilesASubmodule, HoldsACompiledNetwork])
+def test_checkpointed_and_compiled_students_equal_a_plain_loop(teacher, student):
+    torch.manual_seed(0)
+    module = student()
+    network = Plain().model
+    network.load_state_dict({name.removeprefix("_orig_mod."): w for name, w in module.model.state_dict().items()})
+    fit(module, TeacherMatching(teacher, temperature=4.0))
+    trained_by_hand(network, [teacher], squares_to_train_on(), "cutmix", the_papers_loss)
+    assert_same_weights(module.model, network)
+
+
+@pytest.mark.parametrize("student", [Plain, CallsSubmodule])
+def test_a_compiled_lightning_module_equals_a_plain_loop(teacher, student):
+    torch.manual_seed(0)
+    module = student()
+    network = copy.deepcopy(module.model)
+    fit(torch.compile(module), TeacherMatching(teacher, temperature=4.0))
+    trained_by_hand(network, [teacher], squares_to_train_on(), "cutmix", the_papers_loss)
+    assert_same_weights(module.model, network)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(teacher, tmp_path):
+    def run(epochs, resume=None):
+        torch.manual_seed(0)
+        module = Plain()
+        # All images in each batch and no chance in it, since Lightning keeps no random state.
+        data = D4MDataModule(Squares(), train_on="real", batch_size=18, crop_scale=(1.0, 1.0), flip=False)
+        trainer = quiet_trainer(max_epochs=epochs, callbacks=[TeacherMatching(teacher, mixing="none")])
+        trainer.fit(module, datamodule=data, ckpt_path=resume)
+        return module, trainer
+
+    whole, _ = run(4)
+    _, trainer = run(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = run(4, tmp_path / "half.ckpt")
+    assert_same_weights(resumed, whole)
+
+
+def test_averaged_weights_are_the_average_of_a_plain_loops(teacher):
+    torch.manual_seed(0)
+    module = Plain()
+    network = copy.deepcopy(module.model)
+    averaged = copy.deepcopy(module.model)
+    matching = TeacherMatching(teacher, temperature=4.0)
+    data = squares_to_train_on()
+    trainer = quiet_trainer(max_epochs=2, callbacks=[matching, EMAWeightAveraging(decay=0.5)])
+    torch.manual_seed(1)
+    trainer.fit(module, datamodule=data)
+
+    def average(step):
+        for mean, now in zip(averaged.parameters(), network.parameters(), strict=True):
+            mean.data = now.detach().clone() if step == 0 else mean.lerp(now, 0.5)
+
+    trained_by_hand(network, [teacher], squares_to_train_on(), "cutmix", the_papers_loss, after_step=average)
+    assert_same_weights(module.model, averaged)
+    pickle.loads(pickle.dumps(module))
+
+
+RUN_IN_TWO_PROCESSES = """
+import sys
+import torch
+from tests.test_datamodule import quiet_trainer
+from tests.test_teacher_matching import Plain, matching_of_colours, still_squares
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    module = Plain()
+    if sys.argv[2] == "unused":
+        module.unused = torch.nn.Linear(1, 1)
+    trainer = quiet_trainer(
+        max_epochs=2, callbacks=[matching_of_colours()], accelerator="cpu", devices=2, strategy="ddp"
+    )
+    trainer.fit(module, datamodule=still_squares())
+    if trainer.is_global_zero:
+        torch.save(module.model.state_dict(), sys.argv[1])
+"""
+
+
+def still_squares():
+    """Batches that depend on their order alone."""
+    return D4MDataModule(Squares(), train_on="real", batch_size=3, crop_scale=(1.0, 1.0), flip=False)
+
+
+def matching_of_colours():
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    classes, mean, std = Squares().classes, Squares.mean, Squares.std
+    return TeacherMatching(Teacher(network, classes, 16, mean, std), temperature=4.0, mixing="none")
+
+
+def in_two_processes(tmp_path, *args):
+    script = tmp_path / "two.py"
+    script.write_text(RUN_IN_TWO_PROCESSES)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, *args]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_equal_a_plain_loop_over_the_batches_of_both(teacher, tmp_path):
+    result = in_two_processes(tmp_path, tmp_path / "weights.pt", "")
+    assert result.returncode == 0, result.stderr
+    torch.manual_seed(0)
+    network = Plain().model
+    data = still_squares()
+    held = data.train_dataloader().dataset
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+    samplers = [DistributedSampler(held, 2, rank, shuffle=True, seed=0) for rank in range(2)]
+    for epoch in range(2):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        orders = [torch.tensor(list(sampler)).split(3) for sampler in samplers]
+        for both in zip(*orders, strict=True):
+            for chosen in both:
+                images = data.normalised(held.images[chosen])
+                softened = soften([teacher(data.to_unit_range(images))], 4.0)
+                (matching_loss(network(images), softened, 4.0) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = torch.load(tmp_path / "weights.pt", weights_only=True)
+    for name, weight in network.state_dict().items():
+        torch.testing.assert_close(trained[name], weight)
+
+
+def test_parameters_without_a_part_in_the_logits_are_named_under_ddp(tmp_path):
+    result = in_two_processes(tmp_path, tmp_path / "weights.pt", "unused")
+    assert result.returncode != 0
+    assert (
+        "2 parameters of Plain have no part in its logits, such as 'unused.weight'; set `strategy` "
+        "(`--trainer.strategy`) to ddp_find_unused_parameters_true." in result.stderr
+    )
