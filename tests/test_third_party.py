@@ -1,0 +1,94 @@
+"""Other people's modules, unedited, learn from a teacher on a distilled set. Some need the extra `third-party`."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from d4m_plugin import ConvNet, D4MDataModule, TeacherMatching
+from d4m_plugin.matching import matching_loss, soften
+from d4m_plugin.teachers import load_teacher
+from tests import third_party
+from tests.test_cli import run  # noqa: F401  # a fixture
+from tests.test_datamodule import quiet_trainer
+
+DICTS = {"torchgeo": ["image", "label"], "transformers": ["pixel_values", "labels"]}
+
+
+def torchgeo_task(num_classes):
+    from torchgeo.trainers import ClassificationTask
+
+    return ClassificationTask("resnet18", num_classes=num_classes)
+
+
+def torch_uncertainty_routine(num_classes):
+    from torch_uncertainty.routines import ClassificationRoutine
+
+    return ClassificationRoutine(
+        ConvNet(num_classes),
+        num_classes,
+        nn.CrossEntropyLoss(),
+        optim_recipe=lambda model: {"optimizer": torch.optim.SGD(model.parameters(), lr=0.01)},
+    )
+
+
+ROUTINE = {
+    "class_path": "torch_uncertainty.routines.ClassificationRoutine",
+    "init_args": {
+        "model": {"class_path": "d4m_plugin.ConvNet", "init_args": {"num_classes": 10}},
+        "loss": "torch.nn.CrossEntropyLoss",
+    },
+}
+# What needs to be installed; the module as a notebook builds it; and as a config file names it.
+MODULES = {
+    "torchgeo": (torchgeo_task, {"class_path": "torchgeo.trainers.ClassificationTask"}),
+    "torch_uncertainty": (torch_uncertainty_routine, ROUTINE),
+    "timm": (third_party.TimmModule, {"class_path": "tests.third_party.TimmModule"}),
+    "transformers": (third_party.ViTModule, {"class_path": "tests.third_party.ViTModule"}),
+    "torchvision": (third_party.ResNetModule, {"class_path": "tests.third_party.ResNetModule"}),
+    "torchvision.models": (third_party.InceptionModule, {"class_path": "tests.third_party.InceptionModule"}),
+    "lightning": (third_party.DemoModule, {"class_path": "tests.third_party.DemoModule"}),
+}
+RECIPE = {"ipc": 2, "num_inference_steps": 2}
+
+
+@pytest.mark.parametrize("package", MODULES)
+def test_through_the_command_line(run, package, tmp_path):  # noqa: F811  # the fixture imported above
+    pytest.importorskip(package)
+    config = {
+        "data": {"class_path": "D4MDataModule", "init_args": RECIPE | {"batch_keys": DICTS.get(package)}},
+        "model": MODULES[package][1],
+        "trainer": {"max_epochs": 2, "val_check_interval": 1.0, "limit_val_batches": 2, "log_every_n_steps": 1},
+    }
+    if package == "torch_uncertainty":
+        config["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    status, out, err = run("fit", "--config", tmp_path / "config.yaml")
+    assert status == 0, err
+    assert "distilled set" in out
+    (metrics,) = Path("lightning_logs").glob("*/metrics.csv")
+    assert "matching_loss" in metrics.read_text()
+
+
+@pytest.mark.parametrize("package", MODULES)
+def test_in_a_notebook_the_loss_is_that_of_its_own_logits(package):
+    pytest.importorskip(package)
+    torch.manual_seed(0)
+    data = D4MDataModule(crop_scale=(1.0, 1.0), batch_size=20, batch_keys=DICTS.get(package), **RECIPE)
+    module = MODULES[package][0](data.num_classes)
+    before = copy.deepcopy(module).train()
+    trainer = quiet_trainer(max_epochs=1, callbacks=[TeacherMatching(mixing="none")], limit_val_batches=2)
+    trainer.fit(module, datamodule=data)
+
+    images = data.normalised(data.distilled.images)
+    network = next((child for child in (getattr(before, at, None) for at in ("net", "model")) if child), before)
+    with torch.no_grad():
+        output = network(images)
+    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+    softened = soften([load_teacher("auto", data.source)(data.to_unit_range(images))], 20.0)
+    expected = matching_loss(logits, softened, 20.0)
+    torch.testing.assert_close(trainer.callback_metrics["matching_loss"], expected, rtol=1e-3, atol=1e-6)
+    assert any(not torch.equal(p, module.get_parameter(name)) for name, p in before.named_parameters())
