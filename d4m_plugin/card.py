@@ -49,7 +49,7 @@ def write_card(folder: Path, config: str, metadata: dict[str, Any]) -> None:
         configs=[{"config_name": config, "data_files": [{"split": "train", "path": f"{config}/{PARQUET}"}]}],
     )
     splits = SplitDict({"train": SplitInfo("train", num_bytes=size, num_examples=total)})
-    info = DatasetInfo(features=features_of(source["classes"]), splits=splits, dataset_size=size)
+    info = DatasetInfo(features=features_of(source["classes"], "labels" in metadata), splits=splits, dataset_size=size)
     DatasetInfosDict({config: info}).to_dataset_card_data(data)
     text = TEXT.format(
         source=source["name"],

@@ -21,6 +21,7 @@ LIGHTNING_COMMANDS = {
 }
 FUNCTION_COMMANDS = {
     "distill": "distil a dataset alone",
+    "relabel": "store a teacher's logits with a distilled set",
     "pretrain": "train a small latent diffusion pipeline on a dataset",
 }
 COMMANDS = LIGHTNING_COMMANDS | FUNCTION_COMMANDS
@@ -160,11 +161,12 @@ def _call(command: str, args: list[str]) -> None:
 
     from d4m_plugin.distillation import distill_command
     from d4m_plugin.pretraining import pretrain
+    from d4m_plugin.relabelling import relabel
 
     class Parser(OneSentenceErrors, ArgumentParser):
         """jsonargparse's, with our errors."""
 
-    functions: dict[str, Callable[..., Any]] = {"distill": distill_command, "pretrain": pretrain}
+    functions: dict[str, Callable[..., Any]] = {"distill": distill_command, "relabel": relabel, "pretrain": pretrain}
     parser = Parser(prog=f"d4m {command}", description=FUNCTION_COMMANDS[command])
     parser.add_argument("--config", action="config", help="a YAML file of the options")
     parser.add_function_arguments(functions[command])

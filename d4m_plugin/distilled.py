@@ -1,7 +1,7 @@
 """The distilled set on disk: a folder that is a Hugging Face dataset repository, and a torchvision dataset.
 
 README.md                               card
-ipc-10/train-00000-of-00001.parquet     image (PNG), label, prototype, weight, seed
+ipc-10/train-00000-of-00001.parquet     image (PNG), label, prototype, weight, seed, and perhaps logits
 ipc-10/d4m.json                         recipe, source, versions, checksums, timings
 ipc-10/prototypes.safetensors           for each label: LABEL.latents [K, C, h, w], LABEL.weights [K]
 ipc-10/preview.png, prototypes.png      a grid each, one row a class
@@ -36,6 +36,7 @@ class DistilledDataset(VisionDataset):
         targets: the label of each image, in [0, len(classes)).
         classes: the class names in the order of the labels.
         weights: the share of its class that each image's prototype stands for, float32, shape (N,).
+        logits: a teacher's, where `relabel` has stored them, float32, shape (N, classes).
         recipe: what the set was made by, as in its d4m.json.
         folder: where its files lie.
 
@@ -67,6 +68,10 @@ class DistilledDataset(VisionDataset):
             raise InputError(f"{str(self.folder / PARQUET)!r} is missing or damaged ({error}).") from error
         self.targets: list[int] = table["label"].to_pylist()
         self.weights = torch.tensor(table["weight"].to_pylist(), dtype=torch.float32)
+        self.logits: Tensor | None = None
+        if "logits" in table.column_names:
+            flat = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            self.logits = torch.from_numpy(flat.astype("float32")).view(-1, len(self.classes))
         encoded = table["image"].to_pylist()
         self.images = torch.stack([pil_to_tensor(Image.open(io.BytesIO(image["bytes"]))) for image in encoded])
 
@@ -112,9 +117,9 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def features_of(classes: list[str]) -> Any:
+def features_of(classes: list[str], with_logits: bool = False) -> Any:
     """Return the columns of a set as `datasets.Features`, which number the second class of a name: "crane (2)"."""
-    from datasets import ClassLabel, Features, Image, Value
+    from datasets import ClassLabel, Features, Image, List, Value
 
     names: dict[str, None] = {}  # in order
     for name in classes:
@@ -123,15 +128,16 @@ def features_of(classes: list[str]) -> Any:
             number += 1
             unique = f"{name} ({number})"
         names[unique] = None
-    return Features(
-        {
-            "image": Image(),
-            "label": ClassLabel(names=list(names)),
-            "prototype": Value("int32"),
-            "weight": Value("float32"),
-            "seed": Value("int64"),
-        }
-    )
+    columns = {
+        "image": Image(),
+        "label": ClassLabel(names=list(names)),
+        "prototype": Value("int32"),
+        "weight": Value("float32"),
+        "seed": Value("int64"),
+    }
+    if with_logits:
+        columns["logits"] = List(Value("float16"), length=len(classes))
+    return Features(columns)
 
 
 def write_parquet(path: Path, classes: list[str], blocks: Iterable[dict[str, Tensor]]) -> None:

@@ -1,6 +1,5 @@
 """Training-Time Matching as functions of tensors (D4M, section 3.3)."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,14 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def soften(logits: Sequence[Tensor], temperature: float) -> Tensor:
-    """Return the softened outputs of one or several teachers, averaged, float32, shape (B, classes).
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """Return the softened outputs of a teacher, float32, shape (B, classes).
 
     Args:
-        logits: each teacher's, shape (B, classes).
+        logits: the teacher's, shape (B, classes).
         temperature: T, by which they are divided.
     """
-    return torch.stack([(each.float() / temperature).softmax(1) for each in logits]).mean(0)
+    return (logits.float() / temperature).softmax(1)
 
 
 def matching_loss(student: Tensor, softened: Tensor, temperature: float) -> Tensor:

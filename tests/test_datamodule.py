@@ -88,7 +88,21 @@ def test_images_of_other_sizes_are_cropped_from_the_whole_by_the_loader(tmp_path
     assert (images.shape, images.dtype) == ((2, 3, 20, 20), torch.uint8)
     assert torch.equal(whole.augmented(images), whole.normalised(images))
     few = D4MDataModule(ImageFolder(tmp_path), train_on="random", ipc=1)
-    assert few._held_training_set.images.shape == (2, 3, 20, 20)
+    assert few._held_training_set.tensors[0].shape == (2, 3, 20, 20)
+
+
+def test_weighted_draws_by_each_prototypes_share_of_its_class(squares):
+    torch.manual_seed(0)
+    data = D4MDataModule(
+        squares, weighted=True, ipc=3, num_inference_steps=2, batch_size=9, crop_scale=(1, 1), flip=False
+    )
+    stored = data.distilled
+    drawn = torch.zeros(9)
+    for _ in range(400):
+        for images, _ in data.train_dataloader():
+            drawn += (images[:, None] == stored.images).flatten(2).all(2).sum(0)
+    torch.testing.assert_close(drawn / drawn.sum() * 3, stored.weights, atol=0.04, rtol=0)
+    assert stored.weights.std() > 0.05  # the shares do differ
 
 
 def test_real_takes_every_training_image_and_random_ipc_of_each_class(squares):
@@ -142,6 +156,7 @@ def test_a_set_of_other_classes_is_refused_at_once(squares, tmp_path):
         ({"crop_scale": (0.5, 0.1)}, "`crop_scale` is (0.5, 0.1)"),
         ({"crop_scale": (0.0, 1.0)}, "`crop_scale`"),
         ({"ipc": 0}, "`ipc` is 0"),
+        ({"weighted": True, "train_on": "random"}, "`weighted` is true, but `train_on` is 'random'"),
     ],
 )
 def test_a_bad_option_is_named_at_construction(options, says):

@@ -88,7 +88,7 @@ def test_in_a_notebook_the_loss_is_that_of_its_own_logits(package):
     with torch.no_grad():
         output = network(images)
     logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
-    softened = soften([load_teacher("auto", data.source)(data.to_unit_range(images))], 20.0)
+    softened = soften(load_teacher("auto", data.source)(data.to_unit_range(images)), 20.0)
     expected = matching_loss(logits, softened, 20.0)
     torch.testing.assert_close(trainer.callback_metrics["matching_loss"], expected, rtol=1e-3, atol=1e-6)
     assert any(not torch.equal(p, module.get_parameter(name)) for name, p in before.named_parameters())

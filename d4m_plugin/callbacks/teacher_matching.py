@@ -21,6 +21,8 @@ from d4m_plugin.logits import LogitsHook, all_logits, source_of_logits
 from d4m_plugin.matching import MIXINGS, Mixed, matching_loss, soften
 from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher
 
+STORED = "stored"  # the teacher whose logits are in the set
+
 
 class TeacherMatching(L.Callback):
     """Make a LightningModule learn from a teacher in place of the labels, its code unedited.
@@ -34,9 +36,9 @@ class TeacherMatching(L.Callback):
     Args:
         teacher: `auto` for the source's own, or one trained on its real images once where it is small;
             `torchvision:NAME`, `timm:NAME` or `transformers:ID`, a pretrained classifier; a checkpoint (.ckpt) of a run
-            with `train_on: real`; a list of teachers, whose softened outputs are averaged; or null to leave the
-            module's own loss and batches alone. In Python, a Teacher too, or another module that takes the same input
-            as the student.
+            with `train_on: real`; `stored`, the logits that `d4m relabel` wrote into the set; a list of these, whose
+            softened outputs are averaged; or null to leave the module's own loss and batches alone. In Python, a
+            Teacher too, or another module that takes the same input as the student.
         temperature: T, by which the logits of both are divided, above 0.
         mixing: `cutmix` (the paper's), `mixup` or `none`.
         loss: `kl` of the softened outputs (the paper's, equation 8), or `mse` of the logits, which knows no
@@ -83,7 +85,7 @@ class TeacherMatching(L.Callback):
         self._restore: Callable[[], None] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Load the teachers and wrap the module's training step."""
+        """Load the teachers, and wrap the module's training step."""
         if stage != "fit" or not self.teachers:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit and declares it nowhere
@@ -97,8 +99,10 @@ class TeacherMatching(L.Callback):
         found = self.student
         if not (is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)):
             found = self._tried(pl_module, data)  # all its layers are there by now
-        self._loaded = [load_teacher(teacher, data.source, data.cache_dir) for teacher in self.teachers]
-        for name, teacher in zip(self.teachers, self._loaded, strict=True):
+        data.give_logits(STORED in self.teachers)
+        named = [teacher for teacher in self.teachers if teacher != STORED]
+        self._loaded = [load_teacher(teacher, data.source, data.cache_dir) for teacher in named]
+        for name, teacher in zip(named, self._loaded, strict=True):
             tried = check_above_chance(teacher, data.source)
             rank_zero_info(f"Teacher {name if isinstance(name, str) else type(name).__name__}: {tried}.")
         if found is not None:
@@ -177,7 +181,7 @@ class TeacherMatching(L.Callback):
 
         @functools.wraps(own_step)
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            images, labels = data.unpacked(batch)
+            images, labels, *stored = data.unpacked(batch)
             mixed = MIXINGS[self.mixing](images)
             batch = data.packed(mixed.images, mixed.labels(labels))
             shape = (len(images), data.num_classes)
@@ -193,7 +197,7 @@ class TeacherMatching(L.Callback):
                 self._hook = LogitsHook(pl_module.get_submodule(found))
             if student is None:
                 raise self._nothing_seen(pl_module, shape)
-            loss = self._loss(student, mixed, labels, data)
+            loss = self._loss(student, self._target(mixed, stored, data), mixed, labels)
             pl_module.log("matching_loss", loss.detach(), prog_bar=True)
             return {**result, "loss": loss} if isinstance(result, dict) else loss
 
@@ -207,16 +211,25 @@ class TeacherMatching(L.Callback):
 
         self._restore = restore
 
-    def _loss(self, student: Tensor, mixed: Mixed, labels: Tensor, data: D4MDataModule) -> Tensor:
+    def _target(self, mixed: Mixed, stored: Sequence[Tensor], data: D4MDataModule) -> Tensor:
+        """Return what the student is to match: softened outputs, or logits, averaged over the teachers."""
+
+        def outputs(logits: Tensor) -> Tensor:
+            return logits if self.loss == "mse" else soften(logits, self.temperature)
+
         pixels = data.to_unit_range(mixed.images)
-        logits = [teacher(pixels) for teacher in self._loaded]
+        targets = [outputs(teacher(pixels)) for teacher in self._loaded]
+        targets += [mixed.values(outputs(logits)) for logits in stored]
+        return torch.stack(targets).mean(0)
+
+    def _loss(self, student: Tensor, target: Tensor, mixed: Mixed, labels: Tensor) -> Tensor:
         if self.loss == "mse":
-            loss = F.mse_loss(student.float(), torch.stack(logits).mean(0))
+            loss = F.mse_loss(student.float(), target)
         else:
-            loss = matching_loss(student, soften(logits, self.temperature), self.temperature)
+            loss = matching_loss(student, target, self.temperature)
             loss = loss * self.temperature**2 if self.scale_by_temperature else loss
         if self.hard_label_weight:
-            shares = mixed.values(F.one_hot(labels, data.num_classes).float())
+            shares = mixed.values(F.one_hot(labels, student.shape[1]).float())
             loss = loss + self.hard_label_weight * F.cross_entropy(student.float(), shares)
         return loss
 

@@ -12,7 +12,15 @@ import lightning as L
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 from torchvision.transforms import v2
 
 from d4m_plugin.augmentation import augment
@@ -26,6 +34,7 @@ from d4m_plugin.sources import Digits, LabelledImages, Source
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import random_subset
 
+LOGITS = "logits"  # the third key of a batch with stored logits
 HELD_BYTES = 2**31  # of training or test images; more are read anew for each batch
 
 
@@ -46,6 +55,8 @@ class D4MDataModule(L.LightningDataModule):
         keep_latents: keep what the VAE made of the real images in the cache, for other sets of the same source.
         crop_scale: share of the image's area that a random crop covers, least and most.
         flip: mirror half of the training images; by default where the source says that it does no harm.
+        weighted: draw each distilled image, with replacement, as often as its prototype's share of the class says; an
+            epoch draws as many images as there are.
         batch_keys: for a model that takes batches as dicts, the names of images and labels in them, such as
             `[image, label]` (torchgeo) or `[pixel_values, labels]` (transformers); by default a batch is a tuple.
         cache_dir: where distilled sets are kept; by default $D4M_CACHE, else ~/.cache/d4m.
@@ -71,6 +82,7 @@ class D4MDataModule(L.LightningDataModule):
         keep_latents: bool = False,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: bool | None = None,
+        weighted: bool = False,
         batch_keys: tuple[str, str] | None = None,
         cache_dir: str | Path | None = None,
         set_folder: str | Path | None = None,
@@ -79,6 +91,8 @@ class D4MDataModule(L.LightningDataModule):
         super().__init__()
         if train_on not in ("distilled", "real", "random"):
             raise InputError(f"`train_on` is {train_on!r}; use distilled, real or random.")
+        if weighted and train_on != "distilled":
+            raise InputError(f"`weighted` is true, but `train_on` is {train_on!r}; only distilled images have weights.")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("distill_batch_size", distill_batch_size, 1),
@@ -98,6 +112,8 @@ class D4MDataModule(L.LightningDataModule):
         self.batch_size, self.distill_batch_size = batch_size, distill_batch_size
         self.crop_scale, self.cache_dir, self.keep_latents = crop_scale, cache_dir, keep_latents
         self.batch_keys = batch_keys
+        self.weighted = weighted
+        self._logits: Tensor | None = None
         self.flip = self.source.flip if flip is None else flip
         self.num_classes = len(self.source.classes)
         self.image_size = self.recipe.image_size or self.source.image_size
@@ -146,10 +162,25 @@ class D4MDataModule(L.LightningDataModule):
             cache = resolve_cache_dir(self.cache_dir)
             check_images(images, f"{what} of {self.source.name}", fingerprint, cache, self.num_workers)
 
+    def give_logits(self, wanted: bool) -> None:
+        """Let each training batch have the set's stored logits, float32 (B, classes), as its third part, or not.
+
+        Raises:
+            InputError: where `set_folder` names no set that has them, or the training is not on it.
+        """
+        named = self._named_set
+        if wanted and (named is None or named.logits is None or self.train_on != "distilled"):
+            raise InputError(
+                "`teacher` is 'stored', which needs a distilled set with a teacher's logits: write them by "
+                "`d4m relabel FOLDER`, and name the folder as `set_folder`."
+            )
+        self._logits = named.logits if wanted and named else None
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of images, uint8 (B, 3, H, W), and labels, int64 (B,); `augmented` prepares them."""
-        if self._held_training_set:
-            return self._loader(self._held_training_set, shuffle=True)
+        held = self._held_training_set
+        if held:
+            return self._loader(held if self._logits is None else _Held(*held.tensors, self._logits), self._sampler)
         transform = v2.Compose(
             [
                 v2.RGB(),
@@ -158,29 +189,28 @@ class D4MDataModule(L.LightningDataModule):
                 v2.RandomHorizontalFlip(0.5 if self.flip else 0.0),
             ]
         )
-        return self._loader(_Transformed(self.training_set, transform), shuffle=True)
+        return self._loader(_Transformed(self.training_set, transform), RandomSampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Real test images, resized and centre-cropped: nothing here chooses by them, the last epoch counts."""
-        return self._loader(self._held_test_set or _Transformed(self.source.test(), self._square), shuffle=False)
+        return self._loader(self._held_test_set or _Transformed(self.source.test(), self._square), SequentialSampler)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> Any:
+    def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> Any:
         """Augment a training batch, normalise any other, on the device that the trainer has moved it to."""
-        images, labels = batch
+        images, *others = batch
         trainer = self.trainer
-        return self.packed((self.augmented if trainer and trainer.training else self.normalised)(images), labels)
+        return self.packed((self.augmented if trainer and trainer.training else self.normalised)(images), *others)
 
-    def packed(self, images: Tensor, labels: Tensor) -> Any:
-        """Return a batch as the model takes it: a tuple, or a dict by `batch_keys`."""
-        return dict(zip(self.batch_keys, (images, labels), strict=True)) if self.batch_keys else (images, labels)
+    def packed(self, *parts: Tensor) -> Any:
+        """Return a batch of images and labels, and what else a callback asks for, as the model takes it."""
+        return dict(zip((*self.batch_keys, LOGITS), parts, strict=False)) if self.batch_keys else parts
 
-    def unpacked(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the images and labels of a batch made by `packed`."""
-        images, labels = (batch[key] for key in self.batch_keys or (0, 1))
-        return images, labels
+    def unpacked(self, batch: Any) -> tuple[Tensor, ...]:
+        """Return the parts of a batch made by `packed`."""
+        return tuple(batch.values() if self.batch_keys else batch)
 
     def augmented(self, images: Tensor) -> Tensor:
         """Return what the student sees of training images, uint8 (B, 3, H, W): cropped, flipped and normalised."""
@@ -229,12 +259,20 @@ class D4MDataModule(L.LightningDataModule):
     def _square(self, image: Image.Image) -> Tensor:
         return to_pixels(image, self.image_size, self.recipe.resize)
 
-    def _loader(self, dataset: "_Held | _Transformed", shuffle: bool) -> DataLoader[Any]:
+    def _sampler(self, held: "_Held") -> Sampler[int]:
+        if not self.weighted:
+            return RandomSampler(held)
+        weights = self.distilled.weights.double()
+        labels = torch.as_tensor(self.distilled.targets)
+        of_class = torch.zeros(self.num_classes, dtype=torch.float64).index_add(0, labels, weights)
+        return WeightedRandomSampler((weights / of_class[labels]).tolist(), len(held))
+
+    def _loader(self, dataset: "_Held | _Transformed", sampler: Callable[[Any], Sampler[int]]) -> DataLoader[Any]:
         workers = 0 if isinstance(dataset, _Held) else self.num_workers  # a held batch is one indexing
         return DataLoader(
             dataset,
             batch_size=self.batch_size,  # by name: Lightning makes predict's loader anew from the arguments
-            shuffle=shuffle,
+            sampler=sampler(dataset),
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_as_it_is if isinstance(dataset, _Held) else default_collate,
@@ -255,17 +293,17 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
         return self.transform(image), label
 
 
-class _Held(Dataset[tuple[Tensor, Tensor]]):
-    """Images in memory, uint8 (N, 3, H, W), of which a loader takes a batch by one indexing."""
+class _Held(Dataset[tuple[Tensor, ...]]):
+    """Tensors in memory, images uint8 (N, 3, H, W) first, of which a loader takes a batch by one indexing."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.tensors[0])
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.images[indices], self.labels[indices]
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        return tuple(tensor[indices] for tensor in self.tensors)
 
 
 def _hold(

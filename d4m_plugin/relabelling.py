@@ -1,0 +1,80 @@
+"""Store a teacher's outputs with a distilled set, so that students learn from them without the teacher."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from d4m_plugin.cache import make_writable, written_whole
+from d4m_plugin.card import write_card
+from d4m_plugin.devices import default_device
+from d4m_plugin.distilled import PARQUET, DistilledDataset, checksums, features_of
+from d4m_plugin.errors import InputError
+from d4m_plugin.sources import Digits, Source
+from d4m_plugin.sources.images import to_pixels
+from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher
+
+BATCH = 100  # images
+
+
+def relabel(
+    folder: Path,
+    source: Source | None = None,
+    teacher: str = "auto",
+    config: str | None = None,
+    cache_dir: Path | None = None,
+) -> DistilledDataset:
+    """Write a teacher's logits, float16, as the column `logits` of a distilled set, in place of any that are there.
+
+    Students learn from them with `--matching.teacher stored`.
+
+    Args:
+        folder: the set's.
+        source: the real images that it was distilled from; scikit-learn's digits by default.
+        teacher: as TeacherMatching takes it.
+        config: which of several sets in the folder.
+        cache_dir: as for D4MDataModule.
+
+    Returns:
+        The set.
+
+    Raises:
+        InputError: where the folder is no distilled set or one of other classes, or the teacher does not suit it.
+    """
+    source = source or Digits()
+    dataset = DistilledDataset(folder, config)
+    if dataset.classes != list(source.classes):
+        raise InputError(f"`folder` is {str(folder)!r}, whose classes are not those of {source.name}.")
+    make_writable(dataset.folder, "folder")
+    loaded = load_teacher(teacher, source, cache_dir)
+    tried = check_above_chance(loaded, source)
+    logits = _logits(loaded, dataset)
+
+    table = pq.read_table(dataset.folder / PARQUET)
+    schema = features_of(dataset.classes, with_logits=True).arrow_schema
+    columns = {name: table[name] for name in table.column_names if name != "logits"}
+    columns["logits"] = pa.FixedSizeListArray.from_arrays(logits.flatten().numpy(), len(dataset.classes))
+    with written_whole(dataset.folder / PARQUET) as path:
+        pq.write_table(pa.table(columns, schema=schema), path)
+    metadata = dataset.metadata | {"labels": {"teacher": teacher, "tried": tried}}
+    metadata["checksums"] = {name: sum_ for name, sum_ in checksums(dataset.folder).items() if name != "d4m.json"}
+    with written_whole(dataset.folder / "d4m.json") as path:
+        path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+    write_card(Path(folder), dataset.folder.name, metadata)
+    return DistilledDataset(folder, config)
+
+
+def _logits(teacher: Teacher, dataset: DistilledDataset) -> Tensor:
+    """Return a teacher's logits of a set's images, float16, shape (N, classes)."""
+    device = default_device()
+    teacher.to(device)
+    batches = []
+    for start in tqdm(range(0, len(dataset), BATCH), "Labelling", unit=" batches", dynamic_ncols=True):
+        images = range(start, min(start + BATCH, len(dataset)))
+        pixels = torch.stack([to_pixels(dataset[index][0], teacher.image_size) for index in images])
+        batches.append(teacher(pixels.to(device) / 255).half().cpu())
+    return torch.cat(batches)
