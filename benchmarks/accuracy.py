@@ -63,7 +63,7 @@ def accuracy(
     trainer = L.Trainer(
         max_steps=steps,
         precision=trainer_precision(),
-        callbacks=[TeacherMatching(teacher if labels == "soft" else None)],
+        callbacks=[TeacherMatching(teacher if labels == "soft" else None, compile_teacher=True)],
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,

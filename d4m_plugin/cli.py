@@ -174,6 +174,8 @@ def _call(command: str, args: list[str]) -> None:
     options.pop("config")
     made = functions[command](**options)
     rows = {"pipeline": made} if command == "pretrain" else {"distilled set": made.root, "preview": made.preview}
+    if command == "relabel":
+        rows["teacher"] = "{teacher}: {tried}".format(**made.metadata["labels"])
     print(table(rows))
 
 

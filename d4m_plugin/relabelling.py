@@ -25,18 +25,18 @@ def relabel(
     folder: Path,
     source: Source | None = None,
     teacher: str = "auto",
-    config: str | None = None,
+    config_name: str | None = None,
     cache_dir: Path | None = None,
 ) -> DistilledDataset:
     """Write a teacher's logits, float16, as the column `logits` of a distilled set, in place of any that are there.
 
-    Students learn from them with `--matching.teacher stored`.
+    Students learn from them with `--data.set_folder FOLDER --matching.teacher stored`.
 
     Args:
         folder: the set's.
         source: the real images that it was distilled from; scikit-learn's digits by default.
         teacher: as TeacherMatching takes it.
-        config: which of several sets in the folder.
+        config_name: which of several sets in the folder.
         cache_dir: as for D4MDataModule.
 
     Returns:
@@ -46,7 +46,7 @@ def relabel(
         InputError: where the folder is no distilled set or one of other classes, or the teacher does not suit it.
     """
     source = source or Digits()
-    dataset = DistilledDataset(folder, config)
+    dataset = DistilledDataset(folder, config_name)
     if dataset.classes != list(source.classes):
         raise InputError(f"`folder` is {str(folder)!r}, whose classes are not those of {source.name}.")
     make_writable(dataset.folder, "folder")
@@ -65,7 +65,7 @@ def relabel(
     with written_whole(dataset.folder / "d4m.json") as path:
         path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
     write_card(Path(folder), dataset.folder.name, metadata)
-    return DistilledDataset(folder, config)
+    return DistilledDataset(folder, config_name)
 
 
 def _logits(teacher: Teacher, dataset: DistilledDataset) -> Tensor:

@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import load_dataset
 
 from d4m_plugin import Digits, cli
 from d4m_plugin.errors import InputWarning
@@ -220,3 +222,35 @@ def test_a_module_in_the_working_folder_can_be_named(run, squares):
     )
     assert status == 0, err
     assert "accuracy on real test images" in out
+
+
+def test_stored_labels_are_written_read_by_anyone_and_learnt_from(run, tmp_path, caplog):
+    words = ["--output", tmp_path / "set", "--ipc", "2", "--num_inference_steps", "2"]
+    assert run("distill", *words)[0] == 0
+    status, out, err = run("relabel", "--folder", tmp_path / "set")
+    assert status == 0, err
+    assert table_of(out)["teacher"].startswith("auto: names 99% of 256 real test images of digits rightly")
+    rows = load_dataset(str(tmp_path / "set"), split="train")
+    logits = torch.tensor(rows["logits"])
+    assert logits.shape == (20, 10)
+    assert (logits.argmax(1) == torch.tensor(rows["label"])).float().mean() > 0.5
+    metadata = json.loads((tmp_path / "set" / "ipc-2" / "d4m.json").read_text())
+    parquet = tmp_path / "set" / "ipc-2" / "train-00000-of-00001.parquet"
+    assert metadata["checksums"][parquet.name] == hashlib.sha256(parquet.read_bytes()).hexdigest()
+
+    words = ["--data.set_folder", tmp_path / "set", "--matching.teacher", "stored"]
+    status, out, err = run("fit", *words, *SHORT[2:])
+    assert status == 0, err
+    assert "names 99%" not in caplog.text  # no teacher was loaded
+
+    status, _, err = run("relabel", "--folder", tmp_path)
+    assert status == 2
+    assert "is not a distilled set" in err
+
+
+def test_several_teachers_can_be_named(run, caplog):
+    words = ["--matching.teacher", "[auto, digits]", "--matching.loss", "mse", "--matching.hard_label_weight", "0.1"]
+    status, _, err = run("fit", "--data.train_on", "random", *words, *SHORT[2:])
+    assert status == 0, err
+    assert "Teacher auto: names 99%" in caplog.text
+    assert "Teacher digits: names 99%" in caplog.text

@@ -7,7 +7,7 @@ import pytest
 from tests.test_cli import run, table_of  # noqa: F401  # run is a fixture
 
 EXAMPLES = Path(__file__).parent.parent / "config_examples"
-RUN_HERE = {"digits.yaml", "teacher_digits.yaml", "own_module.yaml"}
+RUN_HERE = {"digits.yaml", "teacher_digits.yaml", "own_module.yaml", "small_batch.yaml"}
 OWN_SOURCE = "own_source.yaml"
 NEED_DATA = {"cifar10.yaml", "paper_cifar10.yaml", "teacher_cifar10.yaml", "paper_imagenet.yaml"}  # and a GPU
 

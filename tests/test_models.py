@@ -1,9 +1,11 @@
 import pytest
 import torch
 
-from d4m_plugin import ConvNet, ImageClassifier, InputError
+from d4m_plugin import ConvNet, D4MDataModule, ImageClassifier, InputError
 from d4m_plugin.models import create_student
 from d4m_plugin.models.classifier import decay_groups
+from tests.test_datamodule import quiet_trainer
+from tests.toys import Squares
 
 
 def test_the_convnet_is_the_fields():
@@ -47,3 +49,16 @@ def test_only_matrices_decay():
     assert {p.ndim for p in groups[0]["params"]} == {2, 4}
     assert {p.ndim for p in groups[1]["params"]} == {1}
     assert sum(len(group["params"]) for group in groups) == len(list(ConvNet(10).parameters()))
+
+
+@pytest.mark.parametrize(("smoothing", "last"), [(1.0, 0.0), (2.0, 0.5)])
+def test_the_schedule_ends_where_its_smoothing_says(smoothing, last):
+    module = ImageClassifier(3, image_size=16, lr=0.1, lr_smoothing=smoothing)
+    trainer = quiet_trainer(max_steps=8)
+    trainer.fit(module, datamodule=D4MDataModule(Squares(), train_on="real", batch_size=9))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * last)
+
+
+def test_a_schedule_cannot_end_early():
+    with pytest.raises(InputError, match=r"`lr_smoothing` is 0\.5; it must be at least 1"):
+        ImageClassifier(3, lr_smoothing=0.5)

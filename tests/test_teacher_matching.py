@@ -333,7 +333,7 @@ def test_stored_logits_equal_a_plain_loop(teacher, squares, tmp_path, monkeypatc
 def test_stored_logits_need_a_set_that_has_them(squares, tmp_path):
     distill(squares, Recipe(ipc=3, num_inference_steps=2), output=tmp_path / "set")
     for data in (D4MDataModule(squares), D4MDataModule(squares, set_folder=tmp_path / "set")):
-        with pytest.raises(InputError, match=r"'stored', which needs a distilled set .* `d4m relabel FOLDER`"):
+        with pytest.raises(InputError, match=r"'stored', which needs a distilled set .* `d4m relabel --folder FOLDER`"):
             quiet_trainer(max_epochs=1, callbacks=[TeacherMatching("stored")]).fit(Plain(), datamodule=data)
 
 
@@ -583,6 +583,19 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(teacher, tmp_path):
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed, _ = run(4, tmp_path / "half.ckpt")
     assert_same_weights(resumed, whole)
+
+
+def test_a_compiled_teacher_teaches_the_same(teacher):
+    def trained(**options):
+        torch.manual_seed(0)
+        module = Plain()
+        network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        fit(module, TeacherMatching(Teacher(network, Squares().classes, 16, Squares.mean, Squares.std), **options))
+        return module, network
+
+    module, network = trained(compile_teacher=True)
+    assert network._compiled_call_impl is not None
+    assert_same_weights(module, trained()[0])
 
 
 def test_averaged_weights_are_the_average_of_a_plain_loops(teacher):

@@ -172,7 +172,7 @@ class D4MDataModule(L.LightningDataModule):
         if wanted and (named is None or named.logits is None or self.train_on != "distilled"):
             raise InputError(
                 "`teacher` is 'stored', which needs a distilled set with a teacher's logits: write them by "
-                "`d4m relabel FOLDER`, and name the folder as `set_folder`."
+                "`d4m relabel --folder FOLDER`, and name the folder as `set_folder`."
             )
         self._logits = named.logits if wanted and named else None
 

@@ -21,6 +21,8 @@ class ImageClassifier(L.LightningModule):
         image_size: edge in pixels of the input; linked to the data's on the command line.
         student: `convnet` (depth 3, width 128, the field's standard), or a torchvision classifier such as `resnet18`.
         lr: the first learning rate.
+        lr_smoothing: ζ, by which the cosine schedule is stretched so that it ends above zero (RD3, arXiv:2509.19743):
+            at step s of S the rate is lr (1 + cos(π s / ζS)) / 2; at least 1, which is the paper's schedule.
         weight_decay: of all parameters but one-dimensional ones (biases and norms), as in the authors' code.
         compile: compile the student with `torch.compile`: some seconds first, then the convnet's step takes half the
             time on a CPU, which needs a C++ compiler.
@@ -35,14 +37,17 @@ class ImageClassifier(L.LightningModule):
         image_size: int = 32,
         student: str = "convnet",
         lr: float = 1e-3,
+        lr_smoothing: float = 1.0,
         weight_decay: float = 0.01,
         compile: bool = False,
     ) -> None:
         super().__init__()
         if lr <= 0:
             raise InputError(f"`lr` is {lr}; it must be above 0.")
+        if lr_smoothing < 1:
+            raise InputError(f"`lr_smoothing` is {lr_smoothing}; it must be at least 1.")
         self.save_hyperparameters()
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.lr_smoothing, self.weight_decay = lr, lr_smoothing, weight_decay
         self.student = create_student(student, num_classes, image_size)
         if compile:
             self.student.compile()  # in place: the names of the weights stay
@@ -81,12 +86,12 @@ class ImageClassifier(L.LightningModule):
         return logits.argmax(1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, cosine to zero over all steps of the run."""
+        """AdamW, and a cosine schedule over all steps of the run."""
         optimizer = torch.optim.AdamW(decay_groups(self.parameters(), self.weight_decay), lr=self.lr)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise InputError("`max_steps` is -1 and `max_epochs` too, but a cosine schedule needs an end; set one.")
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(steps))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, round(self.lr_smoothing * steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
