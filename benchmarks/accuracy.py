@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py --output benchmarks/digits.jsonl
     python benchmarks/accuracy.py --source CIFAR10 --source.root data --output benchmarks/cifar10.jsonl \
         --labels '[soft, hard]' --epochs 500
+    python benchmarks/accuracy.py --arms '[distilled]' --ipc '[10]' --changes '{"matching": {"mixing": "mixup"}}'
 
 The runs of a row of the table differ in the images alone. A seed decides the drawn or distilled images, the student's
 initial weights and the batches. The last step counts.
@@ -31,6 +32,7 @@ from d4m_plugin.sources.images import to_pixels
 
 Arm = Literal["distilled", "random", "round trip", "real"]
 Labels = Literal["soft", "hard"]
+Changes = dict[Literal["data", "model", "matching"], dict[str, Any]]
 BATCH = 100  # images, as in the paper's supplement
 
 
@@ -50,20 +52,29 @@ class ThroughTheVAE:
 
 
 def accuracy(
-    source: Source, arm: Arm, labels: Labels, ipc: int, seed: int, steps: int, teacher: str, recipe: dict[str, Any]
+    source: Source,
+    arm: Arm,
+    labels: Labels,
+    ipc: int,
+    seed: int,
+    steps: int,
+    teacher: str,
+    recipe: dict[str, Any],
+    changes: Changes,
 ) -> float:
     """Return the accuracy of one run on the real test images."""
     L.seed_everything(seed, verbose=False)
     drawn = "random" if arm == "round trip" else arm
-    options = recipe if arm == "distilled" else {}
-    data = D4MDataModule(source, train_on=drawn, ipc=ipc or 1, seed=seed, batch_size=BATCH, **options)
+    options = {"batch_size": BATCH} | (recipe if arm == "distilled" else {}) | changes.get("data", {})
+    data = D4MDataModule(source, train_on=drawn, ipc=ipc or 1, seed=seed, **options)
     if arm == "round trip":
         data.training_set = ThroughTheVAE(data.training_set, LatentDiffusion(recipe.get("diffusion", source.diffusion)))
-    student = ImageClassifier(data.num_classes, data.image_size, compile=True)
+    student = ImageClassifier(data.num_classes, data.image_size, compile=True, **changes.get("model", {}))
+    matching = {"compile_teacher": True} | changes.get("matching", {})
     trainer = L.Trainer(
         max_steps=steps,
         precision=trainer_precision(),
-        callbacks=[TeacherMatching(teacher if labels == "soft" else None, compile_teacher=True)],
+        callbacks=[TeacherMatching(teacher if labels == "soft" else None, **matching)],
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -84,6 +95,7 @@ def main(
     epochs: int | None = None,
     teacher: str = "auto",
     recipe: dict[str, Any] | None = None,
+    changes: Changes | None = None,
 ) -> None:
     """Run what is missing, then print the table.
 
@@ -97,10 +109,12 @@ def main(
         epochs: passes over the set, as in the paper; by default 500 steps.
         teacher: as TeacherMatching takes it.
         recipe: options of the Recipe for the distilled arm.
+        changes: other options of the data module, the student and TeacherMatching than the defaults.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    source, recipe = source or Digits(), recipe or {}
+    source, recipe, changes = source or Digits(), recipe or {}, changes or {}
+    batch = changes.get("data", {}).get("batch_size", BATCH)
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     done = {key_of(row): row["accuracy"] for row in rows}
     cells = [(kind, images, arm) for kind in labels for images in ipc for arm in arms if arm != "real"]
@@ -108,14 +122,14 @@ def main(
     for seed in range(seeds):
         for kind, images, arm in cells:
             size = (images or max(ipc)) * len(source.classes)
-            steps = epochs * math.ceil(size / BATCH) if epochs else DEFAULT_STEPS
+            steps = epochs * math.ceil(size / batch) if epochs else DEFAULT_STEPS
             row = {"source": source.name, "teacher": teacher if kind == "soft" else None}
             row |= {"arm": arm, "labels": kind, "ipc": images, "seed": seed, "steps": steps}
-            row["recipe"] = recipe if arm == "distilled" else {}
+            row |= {"recipe": recipe if arm == "distilled" else {}, "changes": changes}
             if key_of(row) in done:
                 continue
             started = time.perf_counter()
-            row["accuracy"] = round(accuracy(source, arm, kind, images, seed, steps, teacher, recipe), 4)
+            row["accuracy"] = round(accuracy(source, arm, kind, images, seed, steps, teacher, recipe, changes), 4)
             row["seconds"] = round(time.perf_counter() - started, 1)
             done[key_of(row)] = row["accuracy"]
             rows.append(row)
@@ -135,7 +149,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     """Print mean and standard deviation over the seeds, %."""
     cells: dict[tuple[str, int, int, str], list[float]] = {}
     for row in rows:
-        arm = f"{row['arm']} {row['recipe'] or ''}".strip()
+        arm = " ".join(str(part) for part in (row["arm"], row["recipe"], row["changes"]) if part)
         cells.setdefault((row["labels"], row["ipc"], row["steps"], arm), []).append(100 * row["accuracy"])
     for (kind, images, steps, arm), found in sorted(cells.items()):
         spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""

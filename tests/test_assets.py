@@ -17,7 +17,7 @@ def test_the_embedded_teacher_knows_real_digits_it_was_not_trained_on():
     data = D4MDataModule()
     teacher = load_teacher("auto", data.source)
     images, labels = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
-    accuracy = (teacher(data.to_unit_range(images)).argmax(1) == labels).float().mean()
+    accuracy = (teacher(images / 255).argmax(1) == labels).float().mean()
     assert len(labels) == 500
     assert accuracy > 0.97
 
