@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
@@ -621,22 +622,37 @@ def test_averaged_weights_are_the_average_of_a_plain_loops(teacher):
 RUN_IN_TWO_PROCESSES = """
 import sys
 import torch
-from d4m_plugin.relabelling import relabel
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tests.test_datamodule import quiet_trainer
-from tests.test_teacher_matching import Plain, matching_of_colours, still_squares
+from tests.test_teacher_matching import Plain, Sharded, matching_of_colours, still_squares
 
 if __name__ == "__main__":
+    kind = sys.argv[2]
     torch.manual_seed(0)
-    module = Plain()
-    if sys.argv[2] == "unused":
+    module = Sharded() if kind == "sharded" else Plain()
+    if kind == "unused":
         module.unused = torch.nn.Linear(1, 1)
+    sharded = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     trainer = quiet_trainer(
-        max_epochs=2, callbacks=[matching_of_colours()], accelerator="cpu", devices=2, strategy="ddp"
+        max_epochs=2,
+        callbacks=[matching_of_colours()],
+        accelerator="cpu",
+        devices=2,
+        strategy=sharded if kind == "sharded" else "ddp",
     )
     trainer.fit(module, datamodule=still_squares())
+    weights = get_model_state_dict(module.model, options=StateDictOptions(full_state_dict=True))
     if trainer.is_global_zero:
-        torch.save(module.model.state_dict(), sys.argv[1])
+        torch.save(weights, sys.argv[1])
 """
+
+
+class Sharded(Plain):
+    """Weights, gradients and optimiser state in parts, one a process (FSDP2; Lightning keeps FSDP1 for GPUs)."""
+
+    def configure_model(self):
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
 
 def still_squares():
@@ -658,8 +674,9 @@ def in_two_processes(tmp_path, *args):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_two_processes_equal_a_plain_loop_over_the_batches_of_both(teacher, tmp_path):
-    result = in_two_processes(tmp_path, tmp_path / "weights.pt", "")
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_two_processes_equal_a_plain_loop_over_the_batches_of_both(teacher, tmp_path, kind):
+    result = in_two_processes(tmp_path, tmp_path / "weights.pt", kind)
     assert result.returncode == 0, result.stderr
     torch.manual_seed(0)
     network = Plain().model
