@@ -58,7 +58,7 @@ def by_hand(data: D4MDataModule, steps: int) -> float:
     device = default_device()
     student = ImageClassifier(data.num_classes, data.image_size, compile=True).student.to(device)
     teacher = load_teacher("auto", data.source).to(device)
-    teacher.model.compile()
+    teacher.model.to(memory_format=torch.channels_last).compile()
     optimizer = torch.optim.AdamW(decay_groups(student.parameters(), 0.01), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     pixels = data.train_dataloader().dataset.tensors[0].to(device)
