@@ -1,64 +1,242 @@
-"""The dataset card: what a reader of the Hub wants to know of a distilled set."""
+"""The dataset card: what a reader of the Hub wants to know of a distilled set.
 
+What is written here stands between comments, `<!-- d4m:NAME -->` and `<!-- /d4m:NAME -->`: one part about all sets of
+a repository, one for each set. Writing a card again replaces these parts and leaves all other text alone.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from d4m_plugin.diffusion import EMBEDDED
 from d4m_plugin.distilled import PARQUET, features_of
+from d4m_plugin.errors import InputError
+from d4m_plugin.recipe import Recipe
 
-TEXT = """
-# {source}, distilled to {ipc} images a class
+DATA = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar", ".zip", ".png", ".jpg")  # what a config may name
 
-![The images, one row a class]({config}/preview.png)
+ABOUT = """
+![The images of {config}, one row a class]({config}/preview.png)
 
-{total} synthetic images that stand for the training split of `{source}`, made by D4M
-([CVPR 2024](https://arxiv.org/abs/2407.15138)) with [d4m-plugin](https://pypi.org/project/d4m-plugin/).
+A small set of synthetic images in place of the training split of `{source}`, made by D4M
+([CVPR 2024](https://arxiv.org/abs/2407.15138)) with [d4m-plugin](https://pypi.org/project/d4m-plugin/): the real images
+of a class are clustered in the latent space of a diffusion model, which makes an image of each cluster's centre. An
+image classifier trained on the set learns most of what the real images would teach it, in a fraction of the time.
+
+## Use
 
 ```python
 from datasets import load_dataset
 
-load_dataset("path/to/this/folder", "{config}", split="train")
+load_dataset("{where}", "{config}", split="train")
 ```
 
-## Recipe
+```bash
+lightning fit --data D4MDataModule {options}
+```
+
+```python
+from d4m_plugin import DistilledDataset
+
+DistilledDataset("{where}", config="{config}", transform=transform)  # torchvision-style, for plain PyTorch
+```
+
+Columns: `image`; `label`; the `prototype` (cluster) that an image was made from; its `weight`, the share of the class's
+real images in that cluster; the `seed` of its noise.
+
+## Limits and bias
+
+The images are synthetic: they may show what no real image does, and not every image shows its class. What the real
+images leave out or show too often, and what the diffusion model has learnt elsewhere, is in them too. The set is for
+training image classifiers on these classes; measure a classifier on real images.
+
+## Citation
+
+```bibtex
+@inproceedings{{su2024d4m,
+  title = {{D$^4$M: Dataset Distillation via Disentangled Diffusion Model}},
+  author = {{Su, Duo and Hou, Junjie and Gao, Weizhi and Tian, Yingjie and Tang, Bowen}},
+  booktitle = {{CVPR}},
+  year = {{2024}}
+}}
+```
+"""
+
+SET = """
+## {config}: {ipc} images a class
+
+{total} images of {size} by {size} pixels, {classes} classes: [a picture]({config}/preview.png).
 
 | option | value |
 |---|---|
 {recipe}
 
-The class names, versions and checksums are in `{config}/d4m.json`, the prototypes' latents in
+Made again by
+
+```bash
+{command}
+```
+
+| | | licence | by |
+|---|---|---|---|
+| real images | {source} | {source_license} | {source_citation} |
+| diffusion model | {model} | {model_license} | {model_citation} |
+
+Names of the classes, versions and checksums: `{config}/d4m.json`; the prototypes' latents:
 `{config}/prototypes.safetensors`.
 """
 
 
 def write_card(folder: Path, config: str, metadata: dict[str, Any]) -> None:
-    """Write the README.md of a set's folder: YAML that tells `datasets` and the Hub what is where, and text."""
+    """Write the README.md of a set's folder, or its parts about this set where it is there."""
+    file = folder / "README.md"
+    card = file.read_text(encoding="utf-8") if file.exists() else None
+    size = sum(path.stat().st_size for path in (folder / config).glob(PARQUET))
+    file.write_text(merged_card(card, config, metadata, size), encoding="utf-8")
+
+
+def merged_card(
+    card: str | None,
+    config: str,
+    metadata: dict[str, Any],
+    size: int,
+    hub_id: str | None = None,
+    others: Iterable[str] = (),
+) -> str:
+    """Return a repository's card with a set in it: YAML that tells `datasets` and the Hub what is where, and text.
+
+    Args:
+        card: the card that is there.
+        config: the set's name.
+        metadata: its d4m.json.
+        size: bytes of its parquet files.
+        hub_id: the repository; none of a folder.
+        others: the files in the repository.
+
+    Raises:
+        InputError: where the card's YAML is damaged, or the repository holds data that would be hidden.
+    """
+    from huggingface_hub import DatasetCard
+
+    source = metadata["source"]
+    try:
+        merged = DatasetCard(card or f"---\npretty_name: {json.dumps(source['name'] + ', distilled')}\n---\n")
+    except ValueError as error:
+        place = hub_id or "the folder"
+        raise InputError(f"the README.md of {place} cannot be read ({error}); mend it first.") from error
+    hidden = [name for name in others if name.endswith(DATA)]
+    if hidden and not merged.data.get("configs"):  # `datasets` finds data that no config names only where none are
+        raise InputError(f"`hub_id` is {hub_id!r}, whose data ({hidden[0]}) has no config that names it; name another.")
+    _add_metadata(merged.data, config, metadata, size)
+    text = merged.text.strip() or f"# {source['name']}, distilled"
+    text = _with_part(text, "about", _about(config, metadata, hub_id))
+    text = _with_part(text, config, _set(config, metadata))
+    return f"---\n{merged.data.to_yaml()}\n---\n\n{text}\n"
+
+
+def _add_metadata(data: Any, config: str, metadata: dict[str, Any], size: int) -> None:
     from datasets import DatasetInfo
     from datasets.info import DatasetInfosDict
     from datasets.splits import SplitDict, SplitInfo
-    from huggingface_hub import DatasetCardData
 
-    recipe, source = metadata["recipe"], metadata["source"]
-    total, size = recipe["ipc"] * len(source["classes"]), (folder / config / PARQUET).stat().st_size
-    data = DatasetCardData(
-        pretty_name=f"{source['name']}, distilled ({config})",
-        license=source["license"],
-        task_categories=["image-classification"],
-        size_categories=[_size_category(total)],
-        source_datasets=[f"extended|other-{source['name']}"],
-        tags=["d4m", "dataset-distillation", "synthetic"],
-        configs=[{"config_name": config, "data_files": [{"split": "train", "path": f"{config}/{PARQUET}"}]}],
-    )
+    source, total = metadata["source"], metadata["recipe"]["ipc"] * len(metadata["source"]["classes"])
+    configs = list(data.get("configs") or [])
+    ours = {"config_name": config, "data_files": [{"split": "train", "path": f"{config}/{PARQUET}"}]}
+    places = [place for place, each in enumerate(configs) if each["config_name"] == config]
+    if places:
+        configs[places[0]] |= ours
+    else:
+        configs.append(ours)
+    if not any(each.get("default") or each["config_name"] == "default" for each in configs):
+        configs[0]["default"] = True
+    data.configs = configs
+
+    _add(data, "license", sorted({source["license"], metadata["model"]["license"]}))
+    if len(data.license) == 1:
+        data.license = data.license[0]
+    _add(data, "task_categories", ["image-classification"])
+    _add(data, "size_categories", [_size_category(total)])
+    _add(data, "source_datasets", [f"extended|{source['hub_id'] or 'other-' + source['name']}"])
+    _add(data, "tags", ["d4m", "dataset-distillation", "synthetic"])
     splits = SplitDict({"train": SplitInfo("train", num_bytes=size, num_examples=total)})
     info = DatasetInfo(features=features_of(source["classes"], "labels" in metadata), splits=splits, dataset_size=size)
     DatasetInfosDict({config: info}).to_dataset_card_data(data)
-    text = TEXT.format(
-        source=source["name"],
-        ipc=recipe["ipc"],
-        total=f"{total:,}",
-        config=config,
-        recipe="\n".join(f"| {name} | {_cell(name, value)} |" for name, value in recipe.items()),
+
+
+def _add(data: Any, key: str, values: list[str]) -> None:
+    """Add to a list of the YAML what it lacks."""
+    there = data.get(key) or []
+    data[key] = list(dict.fromkeys(([there] if isinstance(there, str) else list(there)) + values))
+
+
+def _with_part(text: str, name: str, part: str) -> str:
+    """Return text with a part of ours in its place, or at the end."""
+    start, end = f"<!-- d4m:{name} -->", f"<!-- /d4m:{name} -->"
+    part = f"{start}\n{part.strip()}\n{end}"
+    there = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    return there.sub(lambda _: part, text) if there.search(text) else f"{text.rstrip()}\n\n{part}"
+
+
+def _about(config: str, metadata: dict[str, Any], hub_id: str | None) -> str:
+    here = "path/to/this/folder"
+    options = [
+        *_source_options(metadata, "data."),
+        f"--data.hub_id {hub_id}" if hub_id else f"--data.set_folder {here}",
+    ]
+    return ABOUT.format(
+        source=metadata["source"]["name"], where=hub_id or here, config=config, options=" ".join(options)
     )
-    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}", encoding="utf-8")
+
+
+def _set(config: str, metadata: dict[str, Any]) -> str:
+    recipe, source, model = metadata["recipe"], metadata["source"], metadata["model"]
+    return SET.format(
+        config=config,
+        ipc=recipe["ipc"],
+        total=f"{recipe['ipc'] * len(source['classes']):,}",
+        size=recipe["image_size"],
+        classes=len(source["classes"]),
+        recipe="\n".join(f"| {name} | {_cell(name, value)} |" for name, value in recipe.items()),
+        command=_command(metadata),
+        source=_linked(source["hub_id"], source["name"], "datasets/"),
+        source_license=source["license"],
+        source_citation=source["citation"] or _page(source["hub_id"]),
+        model=_linked(model["hub_id"], recipe["diffusion"], ""),
+        model_license=model["license"],
+        model_citation="d4m-plugin" if recipe["diffusion"] in EMBEDDED else _page(model["hub_id"]),
+    )
+
+
+def _command(metadata: dict[str, Any]) -> str:
+    """Return the command that makes a set again; of folders, it knows the names alone."""
+    options = _source_options(metadata)
+    if metadata["source"]["skipped"]:
+        options.append("--skip_bad_images true")
+    for name, value in metadata["recipe"].items():
+        if value not in (getattr(Recipe, name), {}):
+            options.append(f"--{name} {_quoted(value)}")
+    return " \\\n    ".join(["d4m distill", *options])
+
+
+def _source_options(metadata: dict[str, Any], prefix: str = "") -> list[str]:
+    source = metadata["source"]
+    told = [f"--{prefix}source.{name} {_quoted(value)}" for name, value in source["arguments"].items()]
+    return [f"--{prefix}source {source['class']}", *told]
+
+
+def _quoted(value: object) -> str:
+    return shlex.quote(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _linked(hub_id: str | None, name: str, kind: str) -> str:
+    return f"[{hub_id}](https://huggingface.co/{kind}{hub_id})" if hub_id else f"`{name}`"
+
+
+def _page(hub_id: str | None) -> str:
+    return "see its page" if hub_id else "not stated"
 
 
 def _size_category(images: int) -> str:

@@ -16,6 +16,7 @@ from d4m_plugin.errors import InputError
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("digits", "cifar10")
+LICENSE = "apache-2.0"  # of the embedded ones
 
 # What `encode_prompt` of SD and SDXL returns, in order, by the names under which `__call__` takes it.
 PROMPT_TENSORS = (

@@ -29,10 +29,11 @@ from tqdm.auto import tqdm
 
 from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
 from d4m_plugin.card import write_card
-from d4m_plugin.diffusion import LatentDiffusion, find_model
-from d4m_plugin.distilled import FORMAT, PARQUET, DistilledDataset, checksums, write_parquet
+from d4m_plugin.diffusion import EMBEDDED, LICENSE, LatentDiffusion, find_model
+from d4m_plugin.distilled import FORMAT, DistilledDataset, checksums, write_parquet
 from d4m_plugin.encoding import encode, read_or_encode
 from d4m_plugin.errors import InputError, InputWarning
+from d4m_plugin.hub import license_of, without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.prototypes import Prototypes, cluster
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
@@ -328,21 +329,16 @@ def _assemble(
     grid(decoded, classes).save(folder / "prototypes.png")
 
     files = [_block_file(work, number) for number in range(math.ceil(len(classes) * recipe.ipc / BLOCK))]
-    write_parquet(folder / PARQUET, classes, map(load_file, files))
+    write_parquet(folder, classes, map(load_file, files))
     first = [_first_images(work, label, recipe.ipc) for label in shown]
     grid(first, classes).save(folder / "preview.png")
 
     metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint,
-        "recipe": dataclasses.asdict(recipe),
-        "source": {
-            "name": source.name,
-            "license": source.license,
-            "fingerprint": source.fingerprint,
-            "classes": classes,
-            "skipped": source.skipped if isinstance(source, WithoutBadImages) else [],
-        },
+        "recipe": dataclasses.asdict(recipe) | {"diffusion": without_folders(recipe.diffusion)},
+        "source": _described(source),
+        "model": _described_model(recipe),
         "fewer_prototypes": fewer,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -350,6 +346,37 @@ def _assemble(
     }
     (folder / "d4m.json").write_text(json.dumps(metadata, indent=2), encoding="utf-8")
     write_card(work / "set", recipe.config_name, metadata)
+
+
+def _described(source: Source) -> dict[str, Any]:
+    """Return what is told of a source: nothing of where its files lie here."""
+    original = source.source if isinstance(source, WithoutBadImages) else source
+    kind = type(original)
+    skipped = source.skipped if isinstance(source, WithoutBadImages) else []
+    for value in original.arguments.values():
+        if (name := without_folders(value)) != value:
+            for folder in {str(value), str(Path(value).expanduser()), str(Path(value).expanduser().resolve())}:
+                skipped = [fault.replace(folder, name) for fault in skipped]
+    return {
+        "name": source.name,
+        "class": kind.__name__ if kind.__module__.startswith("d4m_plugin.") else f"{kind.__module__}.{kind.__name__}",
+        "arguments": {name: without_folders(value) for name, value in original.arguments.items()},
+        "hub_id": source.hub_id,
+        "license": source.license,
+        "citation": source.citation,
+        "fingerprint": source.fingerprint,
+        "classes": list(source.classes),
+        "skipped": skipped,
+    }
+
+
+def _described_model(recipe: ResolvedRecipe) -> dict[str, Any]:
+    embedded, here = recipe.diffusion in EMBEDDED, Path(recipe.diffusion).is_dir()
+    return {
+        "hub_id": None if embedded or here else recipe.diffusion,
+        "digest": _model_digest(recipe.diffusion) or None,
+        "license": LICENSE if embedded else license_of(recipe.diffusion, "model"),
+    }
 
 
 def _first_images(work: Path, label: int, ipc: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The distilled set on disk: a folder that is a Hugging Face dataset repository, and a torchvision dataset.
 
 README.md                               card
-ipc-10/train-00000-of-00001.parquet     image (PNG), label, prototype, weight, seed, and perhaps logits
+ipc-10/train-00000-of-00001.parquet     image (PNG), label, prototype, weight, seed, and perhaps logits; at most 500 MB
 ipc-10/d4m.json                         recipe, source, versions, checksums, timings
 ipc-10/prototypes.safetensors           for each label: LABEL.latents [K, C, h, w], LABEL.weights [K]
 ipc-10/preview.png, prototypes.png      a grid each, one row a class
@@ -10,10 +10,11 @@ ipc-10/preview.png, prototypes.png      a grid each, one row a class
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -22,14 +23,16 @@ from torchvision.datasets import VisionDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from d4m_plugin.errors import InputError
+from d4m_plugin.hub import find_repository, push
 from d4m_plugin.preview import to_pil
 
 FORMAT = 2
-PARQUET = "train-00000-of-00001.parquet"
+PARQUET = "train-*.parquet"
+SHARD = 500_000_000  # bytes, at most
 
 
 class DistilledDataset(VisionDataset):
-    """A distilled set as a torchvision dataset of (PIL image, label), held in memory.
+    """A distilled set, of a folder or of the Hub, as a torchvision dataset of (PIL image, label), held in memory.
 
     Attributes:
         images: uint8, shape (N, 3, H, W), class by class.
@@ -39,31 +42,41 @@ class DistilledDataset(VisionDataset):
         logits: a teacher's, where `relabel` has stored them, float32, shape (N, classes).
         recipe: what the set was made by, as in its d4m.json.
         folder: where its files lie.
+        revision: the commit, of a set of the Hub.
 
     Args:
-        root: the set's folder.
-        config: which of several sets in the folder, such as `ipc-10`; the only one by default.
+        root: the set's folder, or the Hub's dataset repository, as user/name.
+        config: which of several sets there, such as `ipc-10`; the only one by default.
+        revision: branch, tag or commit of a repository.
         transform: of the image.
         target_transform: of the label.
 
     Raises:
-        InputError: where the folder is not a distilled set, or holds several and none is named.
+        InputError: where it is no distilled set, or there are several and none is named, or the Hub gives none.
     """
 
     def __init__(
         self,
         root: str | Path,
         config: str | None = None,
+        revision: str | None = None,
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(root, transform=transform, target_transform=target_transform)
-        self.folder = _find_config(Path(root), config)
+        self.revision: str | None = None
+        if _is_repository(root):
+            repository = find_repository(str(root), revision)
+            config = _choose(repository.configs, config, str(root))
+            self.folder, self.revision = repository.fetch(config), repository.revision
+        else:
+            found = sorted(path.parent.name for path in Path(root).glob("*/d4m.json"))
+            self.folder = Path(root) / _choose(found, config, str(root))
         self.metadata = _read_metadata(self.folder)
         self.recipe: dict[str, Any] = self.metadata["recipe"]
         self.classes: list[str] = self.metadata["source"]["classes"]
         try:
-            table = pq.read_table(self.folder / PARQUET)
+            table = pa.concat_tables(map(pq.read_table, shards(self.folder)))
         except (OSError, ValueError) as error:
             raise InputError(f"{str(self.folder / PARQUET)!r} is missing or damaged ({error}).") from error
         self.targets: list[int] = table["label"].to_pylist()
@@ -74,6 +87,34 @@ class DistilledDataset(VisionDataset):
             self.logits = torch.from_numpy(flat.astype("float32")).view(-1, len(self.classes))
         encoded = table["image"].to_pylist()
         self.images = torch.stack([pil_to_tensor(Image.open(io.BytesIO(image["bytes"]))) for image in encoded])
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        tag: str | None = None,
+        source_license: str | None = None,
+        model_license: str | None = None,
+    ) -> str:
+        """Upload the set, in one commit, to a dataset repository, and read it back.
+
+        Other sets and other people's text there stay.
+
+        Args:
+            repo_id: the repository, as user/name; made where it is not there.
+            private: make it a private one.
+            tag: a name for the commit, such as `v1`.
+            source_license: of the real images, by the Hub's name for it, where the set does not know it.
+            model_license: of the diffusion model, likewise.
+
+        Returns:
+            The commit, to be given as `revision`.
+
+        Raises:
+            InputError: where the Hub refuses; the set here stays as it is.
+        """
+        return push(self, repo_id, private, tag, source_license, model_license)
 
     @property
     def preview(self) -> Path:
@@ -93,16 +134,28 @@ class DistilledDataset(VisionDataset):
         return image, target
 
 
-def _find_config(root: Path, config: str | None) -> Path:
-    found = sorted(path.parent.name for path in root.glob("*/d4m.json"))
+def _choose(found: Sequence[str], config: str | None, root: str) -> str:
     if not found:
-        raise InputError(f"{str(root)!r} is not a distilled set: no d4m.json lies in a folder of it.")
+        raise InputError(f"{root!r} is not a distilled set: no d4m.json lies in a folder of it.")
     if config is None and len(found) > 1:
-        raise InputError(f"{str(root)!r} holds several sets; name one as `config`: {', '.join(found)}.")
+        raise InputError(f"{root!r} holds several sets; name one as `config`: {', '.join(found)}.")
     config = config or found[0]
     if config not in found:
-        raise InputError(f"`config` is {config!r}, but {str(root)!r} holds {', '.join(found)}.")
-    return root / config
+        raise InputError(f"`config` is {config!r}, but {root!r} holds {', '.join(found)}.")
+    return config
+
+
+def _is_repository(root: str | Path) -> bool:
+    """Whether a root is of the form user/name, and no folder here."""
+    return isinstance(root, str) and root.count("/") == 1 and root[0] not in "./~" and not Path(root).exists()
+
+
+def shards(folder: Path) -> list[Path]:
+    """Return the parquet files of a set in order."""
+    found = sorted(folder.glob(PARQUET))
+    if not found:
+        raise InputError(f"{str(folder / PARQUET)!r} is missing.")
+    return found
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
@@ -140,23 +193,34 @@ def features_of(classes: list[str], with_logits: bool = False) -> Any:
     return Features(columns)
 
 
-def write_parquet(path: Path, classes: list[str], blocks: Iterable[dict[str, Tensor]]) -> None:
+def write_parquet(folder: Path, classes: list[str], blocks: Iterable[dict[str, Tensor]], most: int = SHARD) -> None:
     """Write a set's images as parquet that `datasets.load_dataset` reads, holding one block in memory at a time.
 
     Args:
-        path: the file to write.
+        folder: where the files go.
         classes: the class names.
         blocks: columns of a few images each: `image` (uint8, shape (n, 3, H, W)), `label`, `prototype`, `weight` and
             `seed` (shape (n,)).
+        most: bytes of a file.
     """
-    import pyarrow as pa
-
     schema = features_of(classes).arrow_schema
-    with pq.ParquetWriter(path, schema) as writer:
-        for block in blocks:
-            columns: dict[str, list[Any]] = {name: column.tolist() for name, column in block.items() if name != "image"}
-            columns["image"] = [{"bytes": _png(image), "path": None} for image in block["image"]]
-            writer.write_table(pa.table(columns, schema=schema))
+    writer, room = None, 0
+    written: list[Path] = []
+    for block in blocks:
+        columns: dict[str, list[Any]] = {name: column.tolist() for name, column in block.items() if name != "image"}
+        columns["image"] = [{"bytes": _png(image), "path": None} for image in block["image"]]
+        table = pa.table(columns, schema=schema)
+        if writer is None or table.nbytes > room:
+            if writer:
+                writer.close()
+            written.append(folder / f"{len(written):05d}.parquet")
+            writer, room = pq.ParquetWriter(written[-1], schema), most
+        writer.write_table(table)
+        room -= table.nbytes  # PNGs do not shrink
+    if writer:
+        writer.close()
+    for number, path in enumerate(written):
+        path.replace(folder / f"train-{number:05d}-of-{len(written):05d}.parquet")
 
 
 def _png(image: Tensor) -> bytes:

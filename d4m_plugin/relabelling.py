@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 from d4m_plugin.cache import make_writable, written_whole
 from d4m_plugin.card import write_card
 from d4m_plugin.devices import default_device
-from d4m_plugin.distilled import PARQUET, DistilledDataset, checksums, features_of
+from d4m_plugin.distilled import DistilledDataset, checksums, features_of, shards
 from d4m_plugin.errors import InputError
+from d4m_plugin.hub import without_folders
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher
@@ -54,13 +55,16 @@ def relabel(
     tried = check_above_chance(loaded, source)
     logits = _logits(loaded, dataset)
 
-    table = pq.read_table(dataset.folder / PARQUET)
-    schema = features_of(dataset.classes, with_logits=True).arrow_schema
-    columns = {name: table[name] for name in table.column_names if name != "logits"}
-    columns["logits"] = pa.FixedSizeListArray.from_arrays(logits.flatten().numpy(), len(dataset.classes))
-    with written_whole(dataset.folder / PARQUET) as path:
-        pq.write_table(pa.table(columns, schema=schema), path)
-    metadata = dataset.metadata | {"labels": {"teacher": teacher, "tried": tried}}
+    schema, start = features_of(dataset.classes, with_logits=True).arrow_schema, 0
+    for shard in shards(dataset.folder):
+        table = pq.read_table(shard)
+        own = logits[start : start + len(table)]
+        columns = {name: table[name] for name in table.column_names if name != "logits"}
+        columns["logits"] = pa.FixedSizeListArray.from_arrays(own.flatten().numpy(), len(dataset.classes))
+        with written_whole(shard) as path:
+            pq.write_table(pa.table(columns, schema=schema), path)
+        start += len(table)
+    metadata = dataset.metadata | {"labels": {"teacher": without_folders(teacher), "tried": tried}}
     metadata["checksums"] = {name: sum_ for name, sum_ in checksums(dataset.folder).items() if name != "d4m.json"}
     with written_whole(dataset.folder / "d4m.json") as path:
         path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")

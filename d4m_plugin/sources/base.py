@@ -1,9 +1,10 @@
 """What every real dataset offers, whatever it is made from."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from PIL import Image
@@ -34,6 +35,9 @@ class Source(ABC):
         diffusion: the latent diffusion model that suits the images.
         license: of the images, by the Hub's name for it.
         teacher: the teacher that `auto` stands for, where there is one.
+        citation: who made the images, and where that is told.
+        hub_id: the Hub's name for the dataset, where it is from there.
+        arguments: what the constructor was told: how a card says to make the set again.
     """
 
     classes: Sequence[str]
@@ -44,6 +48,17 @@ class Source(ABC):
     diffusion: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     license: str = "unknown"
     teacher: str | None = None
+    citation: str = ""
+    hub_id: str | None = None
+    arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the arguments, and leave the rest to the constructor."""
+        source = super().__new__(cls)
+        # Partial, since unpickling gives none: it brings them with the other attributes.
+        told = inspect.signature(cls.__init__).bind_partial(source, *args, **kwargs).arguments
+        source.arguments = dict(list(told.items())[1:])  # all but the object itself
+        return source
 
     @property
     def name(self) -> str:

@@ -28,6 +28,7 @@ class CIFAR10(Source):
     std = (0.2470, 0.2435, 0.2616)
     diffusion = "cifar10"
     teacher: str | None = "cifar10"
+    citation = "A. Krizhevsky: Learning Multiple Layers of Features from Tiny Images, 2009"
 
     def __init__(self, root: str | Path = "data", download: bool = False) -> None:
         self.root, self.download = Path(root).expanduser(), download

@@ -38,6 +38,7 @@ class Digits(Source):
     image_size = 32
     flip = False
     license = "cc-by-4.0"
+    citation = "E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI, 1998"
     diffusion = "digits"
     teacher = "digits"
 

@@ -88,6 +88,7 @@ class ImageNet(ImageFolder):
     """
 
     license = "other"
+    citation = "J. Deng et al.: ImageNet: A Large-Scale Hierarchical Image Database, CVPR 2009"
 
     def __init__(self, root: str | Path, image_size: int = 224, synonyms: Synonyms = "first") -> None:
         super().__init__(root, image_size, train_folder="train", test_folder="val", synonyms=synonyms)
@@ -113,6 +114,7 @@ class TinyImageNet(ImageFolder):
     """
 
     license = "other"
+    citation = "Y. Le, X. Yang: Tiny ImageNet Visual Recognition Challenge, Stanford CS 231N, 2015"
 
     def __init__(self, root: str | Path = "data", download: bool = False, synonyms: Synonyms = "first") -> None:
         base = Path(root).expanduser()

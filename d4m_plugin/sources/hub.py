@@ -3,6 +3,7 @@
 import hashlib
 import io
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from d4m_plugin.errors import InputError
+from d4m_plugin.hub import license_of
 from d4m_plugin.sources.base import IndexedSource
 from d4m_plugin.sources.images import natural_size, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, readable
@@ -61,6 +63,7 @@ class HuggingFace(IndexedSource):
         synonyms: Synonyms = "first",
     ) -> None:
         self.path, self.config, self.revision = str(path), config, revision
+        self.hub_id = None if Path(path).expanduser().exists() else self.path
         splits = _load(self.path, config, revision)
         train = _split(splits, train_split, "train_split")
         tests = [name for name in TEST_SPLITS if name in splits and name != train_split]
@@ -93,6 +96,11 @@ class HuggingFace(IndexedSource):
     def name(self) -> str:
         """The last part of the path, in lower case."""
         return Path(self.path).stem.lower()
+
+    @cached_property
+    def license(self) -> str:  # type: ignore[override]  # read when asked for
+        """The licence that the dataset's card states."""
+        return license_of(self.path, "dataset")
 
 
 class _Rows:

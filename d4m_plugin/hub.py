@@ -1,0 +1,320 @@
+"""The Hugging Face Hub: how distilled sets get there and come from there.
+
+A repository holds several sets, each a folder and a config of `datasets`; its README.md is their card.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from tqdm.auto import tqdm
+
+from d4m_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    from d4m_plugin.distilled import DistilledDataset
+
+WAITS = (1, 2, 4, 8)  # seconds before another try, where the Hub says nothing else
+LONGEST_WAIT = 300  # seconds that are waited because the Hub says so
+PASSING = (408, 409, 412, 429, 500, 502, 503, 504)  # statuses that another try may not meet
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """A dataset repository at one commit."""
+
+    repo_id: str
+    revision: str
+    configs: list[str]
+
+    def fetch(self, config: str, whole: bool = False) -> Path:
+        """Return the folder of one of its sets, fetched or found in huggingface_hub's cache.
+
+        Args:
+            config: the set.
+            whole: fetch the prototypes too.
+        """
+        patterns = [f"{config}/*"] if whole else [f"{config}/{name}" for name in ("*.parquet", "*.json", "*.png")]
+        return _snapshot(self.repo_id, self.revision, patterns) / config
+
+
+def find_repository(repo_id: str, revision: str | None = None) -> Repository:
+    """Return a dataset repository of the Hub; without a network, as much as was fetched of it.
+
+    Args:
+        repo_id: as user/name.
+        revision: branch, tag or commit; by default the newest.
+
+    Raises:
+        NotOnTheHub: where there is no such repository.
+        InputError: where the Hub does not give it.
+    """
+    folder = _snapshot(repo_id, revision, ["*/d4m.json", "README.md"], tqdm_class=_Silent)
+    return Repository(repo_id, folder.name, sorted(path.parent.name for path in folder.glob("*/d4m.json")))
+
+
+class NotOnTheHub(InputError):
+    """There is no such repository, or none that this user may see."""
+
+
+class _Silent(tqdm):  # type: ignore[type-arg]  # not generic at run time
+    """A bar that is not shown: of files too small to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"disable": True})
+
+
+def _snapshot(repo_id: str, revision: str | None, patterns: list[str], **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    options |= {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+    return _persistently(lambda: Path(snapshot_download(repo_id, **options)), repo_id)
+
+
+def check_write_access(repo_id: str, private: bool = False) -> None:
+    """Make the repository where it is not there, and ask the Hub whether this user may write to it.
+
+    Raises:
+        InputError: where not.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="d4m-plugin")
+
+    def check() -> None:
+        # None leaves the choice to the organisation's settings, as false would not.
+        api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
+        api.auth_check(repo_id, repo_type="dataset", write=True)
+
+    _persistently(check, repo_id)
+
+
+def push(
+    dataset: "DistilledDataset",
+    repo_id: str,
+    private: bool = False,
+    tag: str | None = None,
+    source_license: str | None = None,
+    model_license: str | None = None,
+) -> str:
+    """Upload a set as DistilledDataset.push_to_hub says, and return the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="d4m-plugin")
+    metadata = _with_licenses(dataset.metadata, source_license, model_license)
+    check_write_access(repo_id, private)
+    if tag is not None:
+        refs = _persistently(lambda: api.list_repo_refs(repo_id, repo_type="dataset"), repo_id)
+        if tag in [ref.name for ref in refs.tags]:
+            raise InputError(f"`tag` is {tag!r}, which {repo_id} has already; name another.")
+    commit = _persistently(lambda: _commit(api, dataset, repo_id, metadata), repo_id, str(dataset.root))
+    if tag is not None:
+        name = tag  # which is not None
+        _persistently(lambda: api.create_tag(repo_id, tag=name, revision=commit, repo_type="dataset"), repo_id)
+    _compare(dataset, repo_id, commit, metadata)
+    return commit
+
+
+def _with_licenses(metadata: dict[str, Any], source: str | None, model: str | None) -> dict[str, Any]:
+    parts = {}
+    for part, given in (("source", source), ("model", model)):
+        parts[part] = metadata[part] | ({"license": given} if given else {})
+        if parts[part]["license"] == "unknown":
+            logger.warning(
+                "The licence of the %s is not known, and the card will say so; name it as `%s_license`.", part, part
+            )
+    return metadata | parts
+
+
+def _commit(api: Any, dataset: "DistilledDataset", repo_id: str, metadata: dict[str, Any]) -> str:
+    """Make one commit of the set over the newest one, and return it."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, hf_hub_download
+
+    from d4m_plugin.card import merged_card
+
+    config = dataset.folder.name
+    head = api.dataset_info(repo_id)
+    there = [file.rfilename for file in head.siblings]
+    of_config = {name for name in there if name.startswith(f"{config}/")}
+    if of_config and f"{config}/d4m.json" not in of_config:
+        raise InputError(f"`hub_id` is {repo_id!r}, whose {config} was not written by d4m-plugin; name another.")
+    card = None
+    if "README.md" in there:
+        file = hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head.sha)
+        card = Path(file).read_text(encoding="utf-8")
+    files: dict[str, Any] = {f"{config}/{path.name}": path for path in sorted(dataset.folder.iterdir())}
+    size = sum(path.stat().st_size for path in dataset.folder.glob("*.parquet"))
+    files[f"{config}/d4m.json"] = _encoded(metadata)
+    files["README.md"] = merged_card(card, config, metadata, size, repo_id, there).encode()
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(of_config - set(files))]
+    message = f"{config} of {metadata['source']['name']}, distilled"
+    # The parent makes the Hub refuse where another commit came between, whose card would be lost.
+    made = api.create_commit(
+        repo_id, operations, commit_message=message, repo_type="dataset", parent_commit=head.sha or None
+    )
+    return str(made.oid)
+
+
+def _compare(dataset: "DistilledDataset", repo_id: str, commit: str, metadata: dict[str, Any]) -> None:
+    """Read a pushed set back, and compare it with the one here."""
+    from datasets import load_dataset_builder
+
+    from d4m_plugin.distilled import checksums, features_of
+
+    config = dataset.folder.name
+    sent = checksums(dataset.folder) | {"d4m.json": hashlib.sha256(_encoded(metadata)).hexdigest()}
+    found = checksums(Repository(repo_id, commit, []).fetch(config, whole=True))
+    features = _persistently(lambda: load_dataset_builder(repo_id, config, revision=commit).info.features, repo_id)
+    differs = sorted(name for name in sent.keys() | found.keys() if sent.get(name) != found.get(name))
+    if features != features_of(dataset.classes, dataset.logits is not None):
+        differs.append("features")
+    if differs:
+        raise InputError(
+            f"{repo_id} at {commit} differs from {str(dataset.root)!r} in {', '.join(differs)}: push anew."
+        )
+
+
+def _encoded(metadata: dict[str, Any]) -> bytes:
+    return json.dumps(metadata, indent=2).encode()
+
+
+def license_of(name: str, kind: Literal["dataset", "model"]) -> str:
+    """Return the licence that the card of a folder or of a Hub repository states; "unknown" where there is none."""
+    import httpx2
+    from huggingface_hub import RepoCard, hf_hub_download
+
+    try:
+        card = Path(name) / "README.md"
+        if not Path(name).is_dir():
+            card = Path(hf_hub_download(name, "README.md", repo_type=kind))
+        stated = RepoCard.load(card).data.get("license")
+    except (OSError, ValueError, httpx2.HTTPError):
+        return "unknown"
+    return str(stated or "unknown")
+
+
+def without_folders(value: Any) -> Any:
+    """Return what may be told to others of an option's value: of a path on this machine, the last part alone."""
+    if isinstance(value, str | Path):
+        path = Path(value).expanduser()
+        return path.resolve().name if path.is_absolute() or path.exists() or str(value)[:1] == "." else str(value)
+    return value
+
+
+def _persistently(attempt: Callable[[], T], repo_id: str, local: str | None = None) -> T:
+    """Return what an attempt does, made again where its failure may pass.
+
+    Raises:
+        InputError: where it does not pass; it says what to do, and that the set in `local` is whole.
+    """
+    for wait in WAITS:
+        try:
+            with _hub_errors():
+                return attempt()
+        except _HubError as error:
+            asked = error.retry_after
+            if not error.may_pass or asked > LONGEST_WAIT:
+                raise _explained(error, repo_id, local) from error
+            logger.warning("The Hub: %s. Trying again in %d s.", error, max(wait, asked))
+            time.sleep(max(wait, asked))
+    try:
+        with _hub_errors():
+            return attempt()
+    except _HubError as error:
+        raise _explained(error, repo_id, local) from error
+
+
+class _HubError(Exception):
+    """What went wrong, whichever of the libraries below says so."""
+
+    def __init__(self, cause: BaseException) -> None:
+        response = getattr(cause, "response", None)
+        self.cause, self.status = cause, None if response is None else int(response.status_code)
+        stated = "" if response is None else response.headers.get("Retry-After", "")
+        self.retry_after = int(stated) if stated.isdecimal() else 0
+        said = getattr(cause, "server_message", None) or str(cause).strip().partition("\n")[0]
+        super().__init__(f"{self.status}, {said}" if self.status else said or type(cause).__name__)
+
+    @property
+    def may_pass(self) -> bool:
+        import httpx2
+
+        if self.status is not None:
+            return self.status in PASSING
+        return isinstance(self.cause, httpx2.TransportError)
+
+
+@contextmanager
+def _hub_errors() -> Iterator[None]:
+    import httpx2
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, RuntimeError, HFValidationError, httpx2.HTTPError) as error:
+        cause: BaseException | None = error
+        while cause is not None:  # uploads wrap it, `datasets` too
+            if isinstance(cause, httpx2.HTTPError):
+                raise _HubError(cause) from error
+            cause = cause.__cause__ or cause.__context__
+        raise _HubError(error) from error
+
+
+def _explained(error: _HubError, repo_id: str, local: str | None) -> InputError:
+    """Return the sentence that says what to do."""
+    from huggingface_hub import errors
+
+    cause, status = error.cause, error.status
+    whole = f"; the set in {local!r} is whole: push it later" if local else ""
+    what = f"`hub_id` is {repo_id!r}"
+    if isinstance(cause, errors.HFValidationError):
+        return InputError(f"{what}, which is no name of the Hub's: {error}")
+    if isinstance(cause, errors.LocalTokenNotFoundError):
+        return InputError(f"{what}, but you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN{whole}.")
+    if isinstance(cause, errors.GatedRepoError):
+        return InputError(f"{what}, which is gated: ask for access on its page, then log in (`hf auth login`).")
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return InputError(f"{what}, which has no such `revision`; leave it out for the newest.")
+    if isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return InputError(f"{what}, which was not fetched before, and the Hub cannot be reached ({error}){whole}.")
+    if status == 401 and not isinstance(cause, errors.RepositoryNotFoundError):
+        return InputError(f"{what}, but the Hub does not accept your token: log in anew (`hf auth login`){whole}.")
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return NotOnTheHub(
+            f"{what}, but the Hub has no such dataset{_or_a_model(repo_id)}, or hides it from you: check the name, and "
+            f"log in (`hf auth login`) where it is private{whole}."
+        )
+    if status == 403:
+        return InputError(
+            f"{what}, to which your token may not write: use one with write access to it (`hf auth login`), or another "
+            f"name{whole}."
+        )
+    if status == 429:
+        after = f" in {error.retry_after} s" if error.retry_after else ""
+        return InputError(f"{what}, but the Hub takes no more requests from you for now: try again{after}{whole}.")
+    if error.may_pass:
+        return InputError(f"{what}, but the Hub did not do its part ({error}): try again later{whole}.")
+    return InputError(f"{what}, and the Hub refuses: {error}{whole}.")
+
+
+def _or_a_model(repo_id: str) -> str:
+    """Return a hint where a repository is there but is no dataset."""
+    import httpx2
+    from huggingface_hub import HfApi
+
+    try:
+        return " (it is a model)" if HfApi().repo_exists(repo_id, repo_type="model") else ""
+    except (OSError, httpx2.HTTPError):
+        return ""
