@@ -22,6 +22,7 @@ LIGHTNING_COMMANDS = {
 FUNCTION_COMMANDS = {
     "distill": "distil a dataset alone",
     "relabel": "store a teacher's logits with a distilled set",
+    "push": "upload a distilled set to the Hugging Face Hub",
     "pretrain": "train a small latent diffusion pipeline on a dataset",
 }
 COMMANDS = LIGHTNING_COMMANDS | FUNCTION_COMMANDS
@@ -162,18 +163,29 @@ def _call(command: str, args: list[str]) -> None:
     from d4m_plugin.distillation import distill_command
     from d4m_plugin.pretraining import pretrain
     from d4m_plugin.relabelling import relabel
+    from d4m_plugin.sharing import push_set
 
     class Parser(OneSentenceErrors, ArgumentParser):
         """jsonargparse's, with our errors."""
 
-    functions: dict[str, Callable[..., Any]] = {"distill": distill_command, "relabel": relabel, "pretrain": pretrain}
+    functions: dict[str, Callable[..., Any]] = {
+        "distill": distill_command,
+        "relabel": relabel,
+        "push": push_set,
+        "pretrain": pretrain,
+    }
     parser = Parser(prog=f"d4m {command}", description=FUNCTION_COMMANDS[command])
     parser.add_argument("--config", action="config", help="a YAML file of the options")
-    parser.add_function_arguments(functions[command])
+    parser.add_function_arguments(functions[command], as_positional=command in ("relabel", "push"))
     options = vars(parser.instantiate(parser.parse_args(args)))
     options.pop("config")
     made = functions[command](**options)
-    rows = {"pipeline": made} if command == "pretrain" else {"distilled set": made.root, "preview": made.preview}
+    if command == "push":
+        rows = made
+    elif command == "pretrain":
+        rows = {"pipeline": made}
+    else:
+        rows = {"distilled set": made.root, "preview": made.preview}
     if command == "relabel":
         rows["teacher"] = "{teacher}: {tried}".format(**made.metadata["labels"])
     print(table(rows))

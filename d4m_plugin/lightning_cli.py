@@ -1,6 +1,7 @@
 """LightningCLI with our defaults: what `fit`, `validate`, `test` and `predict` run."""
 
 import csv
+import math
 import re
 import shlex
 import warnings
@@ -15,9 +16,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from d4m_plugin.callbacks import RunProgress, TeacherMatching
+from d4m_plugin.callbacks.teacher_matching import STORED
 from d4m_plugin.cli import OneSentenceErrors, table
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import trainer_precision
+from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
 from d4m_plugin.models.classifier import ImageClassifier
 
@@ -110,10 +113,19 @@ class D4MCLI(LightningCLI):
             return {}
         again = f"lightning fit --config {shlex.quote(f'{log_dir}/config.yaml')}"
         if data.train_on == "distilled":
-            return {
-                "distilled set": data.distilled.root,
-                "preview": data.distilled.preview,
-                "next": f"{again} --data.train_on random --data.ipc {data.distilled.recipe['ipc']}",
+            found = data.training_set
+            rows: dict[str, Any] = {"distilled set": data.hub_id}
+            if isinstance(found, DistilledDataset):
+                rows = {"distilled set": found.root, "preview": found.preview}
+            options = f"--data.train_on random --data.ipc {math.ceil(len(found) / data.num_classes)}"
+            if STORED in self._get(self.config_init, "matching").teachers:
+                options += f" --matching.teacher {data.distilled.metadata['labels']['teacher']}"
+            if data.weighted:
+                options += " --data.weighted false"
+            if data.push:
+                options += " --data.push false"
+            return rows | {
+                "next": f"{again} {options}",
                 "": "(the same training on as many real images: is the distilled set better?)",
             }
         if data.train_on == "real" and checkpoint and isinstance(self.model, ImageClassifier):

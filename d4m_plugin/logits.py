@@ -28,6 +28,12 @@ def logits_in(output: Any, shape: tuple[int, int]) -> Tensor | None:
     return next((part for part in parts if isinstance(part, Tensor) and part.shape == shape), None)
 
 
+def _students(output: Any, shape: tuple[int, int]) -> Tensor | None:
+    """Return the logits that a loss can reach: not those of a metric without gradients, nor of a frozen copy."""
+    logits = logits_in(output, shape)
+    return logits if logits is not None and logits.requires_grad else None
+
+
 class LogitsHook:
     """Notes the logits that a module returns.
 
@@ -53,7 +59,7 @@ class LogitsHook:
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._seen is None:
-            self._seen = logits_in(output, self._shape)
+            self._seen = _students(output, self._shape)
 
 
 @contextmanager
@@ -63,7 +69,7 @@ def all_logits(root: nn.Module, shape: tuple[int, int]) -> Iterator[list[tuple[s
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def see(module: nn.Module, inputs: Any, output: Any) -> None:
-            logits = logits_in(output, shape)
+            logits = _students(output, shape)
             if logits is not None:
                 seen.append((name, logits))
 

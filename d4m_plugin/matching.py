@@ -87,7 +87,8 @@ MIXINGS = {"cutmix": cutmix, "mixup": mixup, "none": unmixed}
 
 
 def _share(alpha: float) -> float:
-    return torch.distributions.Beta(alpha, alpha).sample().item()
+    both = torch.tensor(alpha, dtype=torch.float32)  # whatever dtype the trainer makes the default
+    return torch.distributions.Beta(both, both).sample().item()
 
 
 def _box(length: int, edge: float) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.hub import without_folders
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.sources.images import to_pixels
-from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher
+from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher, name_of
 
 BATCH = 100  # images
 
@@ -36,7 +36,7 @@ def relabel(
     Args:
         folder: the set's.
         source: the real images that it was distilled from; scikit-learn's digits by default.
-        teacher: as TeacherMatching takes it.
+        teacher: as TeacherMatching takes it, but one.
         config_name: which of several sets in the folder.
         cache_dir: as for D4MDataModule.
 
@@ -52,7 +52,7 @@ def relabel(
         raise InputError(f"`folder` is {str(folder)!r}, whose classes are not those of {source.name}.")
     make_writable(dataset.folder, "folder")
     loaded = load_teacher(teacher, source, cache_dir)
-    tried = check_above_chance(loaded, source)
+    tried = check_above_chance(loaded.to(default_device()), source)
     logits = _logits(loaded, dataset)
 
     schema, start = features_of(dataset.classes, with_logits=True).arrow_schema, 0
@@ -64,7 +64,7 @@ def relabel(
         with written_whole(shard) as path:
             pq.write_table(pa.table(columns, schema=schema), path)
         start += len(table)
-    metadata = dataset.metadata | {"labels": {"teacher": without_folders(teacher), "tried": tried}}
+    metadata = dataset.metadata | {"labels": {"teacher": without_folders(name_of(teacher)), "tried": tried}}
     metadata["checksums"] = {name: sum_ for name, sum_ in checksums(dataset.folder).items() if name != "d4m.json"}
     with written_whole(dataset.folder / "d4m.json") as path:
         path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
@@ -75,7 +75,6 @@ def relabel(
 def _logits(teacher: Teacher, dataset: DistilledDataset) -> Tensor:
     """Return a teacher's logits of a set's images, float16, shape (N, classes)."""
     device = default_device()
-    teacher.to(device)
     batches = []
     for start in tqdm(range(0, len(dataset), BATCH), "Labelling", unit=" batches", dynamic_ncols=True):
         images = range(start, min(start + BATCH, len(dataset)))

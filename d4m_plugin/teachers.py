@@ -1,5 +1,6 @@
 """Where a teacher comes from, what it wants to see, and the order of its classes."""
 
+import copy
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.devices import autocast, compute_dtype
 from d4m_plugin.diffusion import ASSETS, EMBEDDED
 from d4m_plugin.errors import InputError
+from d4m_plugin.logits import logits_in
 from d4m_plugin.models.students import SMALL_IMAGE, create_student
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import Source
@@ -29,6 +31,7 @@ CHANCE_SAMPLE = 256  # real images that a teacher is tried on
 CHANCE_BATCH = 32
 SMALL_SOURCE = 50_000  # images of at most SMALL_IMAGE pixels: a teacher is trained in minutes
 MISSING_LISTED = 10  # names
+SEEN = ("classes", "mean", "std")  # what a data module tells a checkpoint
 
 
 class Teacher(nn.Module):
@@ -62,12 +65,19 @@ class Teacher(nn.Module):
         """Return logits, float32, shape (B, len(classes)), of images in [0, 1], shape (B, 3, H, W).
 
         Computed in half precision where that is fast.
+
+        Raises:
+            InputError: where the model returns none.
         """
+        images = images.float()
         if images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
         with autocast(images.device, compute_dtype(images.device)):
-            logits: Tensor = self.model((images - self.mean) / self.std)
+            output = self.model((images - self.mean) / self.std)
+        logits = logits_in(output, (len(images), len(self.classes)))
+        if logits is None:
+            raise InputError(f"`teacher` returns no logits of {len(self.classes)} classes.")
         return logits.float()
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -82,7 +92,7 @@ def load_teacher(teacher: str | Path | nn.Module, source: Source, cache_dir: str
         teacher: `auto` for the source's own, which is trained and cached where the source is small;
             `torchvision:NAME`, `timm:NAME` (where timm is installed) or `transformers:ID` (of the Hub, or a folder) for
             a pretrained classifier; a checkpoint (.ckpt) of a run with `train_on: real`; a .safetensors file written
-            by `save_teacher`; a Teacher; or another module, which then takes what the source's students take.
+            by `save_teacher`; a Teacher; or another module, which takes what the source's students take and is copied.
         source: the real images.
         cache_dir: where teachers trained for `auto` are kept, as for D4MDataModule.
 
@@ -92,7 +102,7 @@ def load_teacher(teacher: str | Path | nn.Module, source: Source, cache_dir: str
     if isinstance(teacher, Teacher):
         found = teacher
     elif isinstance(teacher, nn.Module):
-        found = Teacher(teacher, source.classes, source.image_size, source.mean, source.std)
+        found = Teacher(copy.deepcopy(teacher), source.classes, source.image_size, source.mean, source.std)
     else:
         found = _open(str(teacher), source, cache_dir)
     order, missing = match_classes(source.classes, found.classes)
@@ -100,8 +110,8 @@ def load_teacher(teacher: str | Path | nn.Module, source: Source, cache_dir: str
         listed = ", ".join(map(repr, missing[:MISSING_LISTED]))
         more = f" and {len(missing) - MISSING_LISTED} more" if len(missing) > MISSING_LISTED else ""
         raise InputError(
-            f"`teacher` is {_named(teacher)!r}, which does not know {len(missing)} of {len(source.classes)} classes of "
-            f"{source.name} ({listed}{more}); use a teacher trained on them (`train_on: real`)."
+            f"`teacher` is {name_of(teacher)!r}, which does not know {len(missing)} of {len(source.classes)} classes "
+            f"of {source.name} ({listed}{more}); use a teacher trained on them (`train_on: real`)."
         )
     if order == list(range(len(found.classes))):
         return found
@@ -122,7 +132,8 @@ class _Columns(nn.Module):
         return logits[:, self.order]
 
 
-def _named(teacher: str | Path | nn.Module) -> str:
+def name_of(teacher: str | Path | nn.Module) -> str:
+    """Return what a teacher is called: its option, or its module's class."""
     if isinstance(teacher, Teacher):
         teacher = teacher.model
     return type(teacher).__name__ if isinstance(teacher, nn.Module) else str(teacher)
@@ -141,7 +152,7 @@ def _open(teacher: str, source: Source, cache_dir: str | Path | None) -> Teacher
             return _LIBRARIES[library](name)
         except ImportError as error:
             raise InputError(f"`teacher` is {teacher!r}, but {library} is not installed here.") from error
-        except (OSError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, AttributeError, UnpicklingError, SafetensorError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"`teacher` is {teacher!r}, which cannot be loaded: {reason}") from error
     path = Path(teacher)
@@ -164,7 +175,8 @@ def _trained_once(source: Source, cache_dir: str | Path | None) -> Path:
         )
     from d4m_plugin.teaching import train_teacher
 
-    key = hashlib.sha256(json.dumps([source.fingerprint, list(source.classes)]).encode()).hexdigest()[:12]
+    sees = [source.image_size, source.mean, source.std, source.flip]
+    key = hashlib.sha256(json.dumps([source.fingerprint, list(source.classes), sees]).encode()).hexdigest()[:12]
     path = resolve_cache_dir(cache_dir) / "teachers" / f"{source.name}-{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -178,6 +190,8 @@ def _from_torchvision(name: str) -> Teacher:
 
     weights = torchvision.models.get_model_weights(name).DEFAULT
     transform = weights.transforms()
+    if "categories" not in weights.meta or not hasattr(transform, "crop_size"):
+        raise ValueError("it is no classifier of images")
     weights.get_state_dict(progress=True, check_hash=True, weights_only=True)  # the next line would run a pickle
     model = torchvision.models.get_model(name, weights=weights)
     return Teacher(model, weights.meta["categories"], transform.crop_size[0], transform.mean, transform.std)
@@ -206,18 +220,19 @@ def _from_transformers(name: str) -> Teacher:
     edge = size.get("height") or size.get("shortest_edge")
     classes = [model.config.id2label[label] for label in range(model.config.num_labels)]
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0, 0, 0), (1, 1, 1))
-    return Teacher(_Logits(model), classes, int(edge or model.config.image_size), mean, std)
+    as_it_takes = _Logits(model, bgr=getattr(processor, "do_flip_channel_order", False))
+    return Teacher(as_it_takes, classes, int(edge or model.config.image_size), mean, std)
 
 
 class _Logits(nn.Module):
-    """A transformers classifier that returns its logits alone."""
+    """A transformers classifier that takes RGB images and returns its logits alone."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, bgr: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.bgr = model, bgr
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images).logits
+        logits: Tensor = self.model(images.flip(1) if self.bgr else images).logits
         return logits
 
 
@@ -247,7 +262,7 @@ def _student_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, T
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         student = {name: checkpoint["hyper_parameters"][name] for name in ("student", "num_classes", "image_size")}
-        data = checkpoint["D4MDataModule"]
+        data = next(part for part in checkpoint.values() if isinstance(part, dict) and {*SEEN} <= part.keys())
     except Exception as error:  # torch and pickle raise all kinds for a file that is something else
         raise InputError(
             f"`teacher` is {str(path)!r}, which is no checkpoint of an ImageClassifier trained with D4MDataModule."
@@ -265,17 +280,23 @@ def _build(student: dict[str, Any], data: dict[str, Any], weights: dict[str, Ten
 def check_above_chance(teacher: Teacher, source: Source) -> str:
     """Return how many of a sample of real test images a teacher names rightly, in words.
 
+    Each class of the sample counts alike, so that naming the largest is worth no more than guessing.
+
     Raises:
-        InputError: where that is not three standard deviations above what guessing would reach.
+        InputError: where that is not three standard deviations above what guessing would reach, or, of few images, not
+            halfway from there to all.
     """
     images = source.test()
     chosen = torch.randperm(len(images), generator=generator_of(0))[:CHANCE_SAMPLE].tolist()
     pixels = torch.stack([to_pixels(images[index][0], teacher.image_size) for index in chosen])
     labels = torch.as_tensor(images.targets)[chosen]
-    named = torch.cat([teacher(batch / 255).argmax(1) for batch in pixels.split(CHANCE_BATCH)])
-    accuracy = (named == labels).float().mean().item()
-    chance = 1 / len(source.classes)
-    if accuracy < chance + 3 * math.sqrt(chance * (1 - chance) / len(chosen)):
+    batches = pixels.to(teacher.mean.device).split(CHANCE_BATCH)
+    named = torch.cat([teacher(batch / 255).argmax(1) for batch in batches]).cpu()
+    counts = labels.bincount()
+    counts, rights = counts[counts > 0], labels[named == labels].bincount(minlength=len(counts))[counts > 0]
+    accuracy, chance = (rights / counts).mean().item(), 1 / len(counts)
+    deviation = math.sqrt(chance * (1 - chance) * (1 / counts).sum().item()) / len(counts)
+    if accuracy < min(chance + 3 * deviation, (1 + chance) / 2):
         raise InputError(
             f"`teacher` names {accuracy:.0%} of {len(chosen)} real test images of {source.name} rightly, no more than "
             f"chance ({chance:.0%}); it has learnt too little, or the order of its classes or its normalisation is not "

@@ -227,7 +227,7 @@ def test_a_module_in_the_working_folder_can_be_named(run, squares):
 def test_stored_labels_are_written_read_by_anyone_and_learnt_from(run, tmp_path, caplog):
     words = ["--output", tmp_path / "set", "--ipc", "2", "--num_inference_steps", "2"]
     assert run("distill", *words)[0] == 0
-    status, out, err = run("relabel", "--folder", tmp_path / "set")
+    status, out, err = run("relabel", tmp_path / "set")
     assert status == 0, err
     assert table_of(out)["teacher"].startswith("auto: names 99% of 256 real test images of digits rightly")
     rows = load_dataset(str(tmp_path / "set"), split="train")
@@ -243,7 +243,7 @@ def test_stored_labels_are_written_read_by_anyone_and_learnt_from(run, tmp_path,
     assert status == 0, err
     assert "names 99%" not in caplog.text  # no teacher was loaded
 
-    status, _, err = run("relabel", "--folder", tmp_path)
+    status, _, err = run("relabel", tmp_path)
     assert status == 2
     assert "is not a distilled set" in err
 

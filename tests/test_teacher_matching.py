@@ -334,7 +334,7 @@ def test_stored_logits_equal_a_plain_loop(teacher, squares, tmp_path, monkeypatc
 def test_stored_logits_need_a_set_that_has_them(squares, tmp_path):
     distill(squares, Recipe(ipc=3, num_inference_steps=2), output=tmp_path / "set")
     for data in (D4MDataModule(squares), D4MDataModule(squares, set_folder=tmp_path / "set")):
-        with pytest.raises(InputError, match=r"'stored', which needs a distilled set .* `d4m relabel --folder FOLDER`"):
+        with pytest.raises(InputError, match=r"'stored', which needs a distilled set .* `d4m relabel FOLDER`"):
             quiet_trainer(max_epochs=1, callbacks=[TeacherMatching("stored")]).fit(Plain(), datamodule=data)
 
 
@@ -377,6 +377,87 @@ def test_the_module_is_its_own_again_after_fitting(teacher):
     copy.deepcopy(module)
     fit(module, matching)  # and again
     assert "training_step" not in vars(module)
+
+
+def test_stored_logits_are_gone_from_the_next_fit(teacher, squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.relabelling.load_teacher", lambda *_: teacher)
+    distill(squares, Recipe(ipc=2, num_inference_steps=2), output=tmp_path / "set")
+    relabel(tmp_path / "set", squares)
+    data = D4MDataModule(squares, set_folder=tmp_path / "set")
+    for matching in (TeacherMatching("stored"), TeacherMatching(None)):
+        quiet_trainer(max_epochs=1, callbacks=[matching]).fit(Plain(), datamodule=data)
+
+
+class LooksFirst(Plain):
+    """Runs itself for a metric, and a frozen copy, before the pass that it learns by."""
+
+    def __init__(self):
+        super().__init__()
+        self.old = nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self(batch[0])
+        self.old(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_pass_with_gradients_is_the_one_that_counts(teacher):
+    module = LooksFirst()
+    network = copy.deepcopy(module.model)
+    fit(module, TeacherMatching(teacher, temperature=4.0))
+    trained_by_hand(network, [teacher], squares_to_train_on(), "cutmix", the_papers_loss)
+    assert_same_weights(module.model, network)
+
+
+def test_a_step_may_skip_a_batch(teacher):
+    class Skips(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx else None
+
+    assert "matching_loss" in fit(Skips(), TeacherMatching(teacher)).callback_metrics
+
+
+def test_two_callbacks_are_refused_and_leave_the_module_alone(teacher):
+    module = Plain()
+    trainer = quiet_trainer(max_epochs=1, callbacks=[TeacherMatching(teacher), TeacherMatching(teacher)])
+    with pytest.raises(InputError, match="two callbacks are TeacherMatching"):
+        trainer.fit(module, datamodule=squares_to_train_on())
+    assert "training_step" not in vars(module)
+
+
+def test_a_seed_gives_the_same_batches_whatever_the_teacher(teacher):
+    seen = []
+
+    class Notes(Plain):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch[0].sum().item())
+            return super().training_step(batch, batch_idx)
+
+    for each in (teacher, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), None):
+        fit(Notes(), TeacherMatching(each, mixing="none"), max_epochs=1)
+    seen = [total for total in seen if total]  # not the black images that a step is tried on
+    assert seen[:3] == seen[3:6] == seen[6:]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_whole_precisions_train(teacher, precision):
+    assert fit(Plain(), TeacherMatching(teacher), precision=precision).global_step == 6
+
+
+def test_a_modules_own_hook_for_batches_runs(teacher):
+    class Mirrors(Plain):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            seen.append(batch[0])
+            return batch[0].flip(3), batch[1]
+
+        def training_step(self, batch, batch_idx):
+            seen.append(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    seen = []
+    fit(Mirrors(), TeacherMatching(teacher, mixing="none"), max_steps=1)
+    assert torch.equal(seen[-2].flip(3), seen[-1])
 
 
 def test_an_exception_while_training_restores_the_module(teacher):
@@ -460,6 +541,23 @@ def test_other_data_is_refused(teacher):
         quiet_trainer(max_epochs=1, callbacks=[TeacherMatching(teacher)]).fit(Plain(), datamodule=Other())
 
 
+@pytest.mark.parametrize("student", [None, "model", "modl"])
+def test_layers_built_late_may_be_named(teacher, student):
+    class Late(Plain):
+        def __init__(self):
+            super().__init__()
+            del self.model
+
+        def configure_model(self):
+            self.model = Plain().model
+
+    if student == "modl":
+        with pytest.raises(InputError, match="`student` is 'modl', which Late does not have; it has model"):
+            fit(Late(), TeacherMatching(teacher, student=student))
+    else:
+        assert fit(Late(), TeacherMatching(teacher, student=student)).global_step == 6
+
+
 def test_layers_may_be_built_late(teacher):
     class Late(CallsSubmodule):
         def __init__(self):
@@ -481,6 +579,12 @@ def test_a_teacher_at_chance_is_refused(teacher):
 def test_an_unknown_mixing_is_refused():
     with pytest.raises(InputError, match="`mixing` is 'cutmux'; use cutmix, mixup, none"):
         TeacherMatching(mixing="cutmux")
+
+
+@pytest.mark.parametrize("option", ["temperature", "hard_label_weight"])
+def test_infinite_options_are_refused(option):
+    with pytest.raises(InputError, match=f"`{option}` is inf"):
+        TeacherMatching(**{option: float("inf")})
 
 
 def test_a_temperature_of_zero_is_refused():

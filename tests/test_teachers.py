@@ -1,3 +1,5 @@
+import os
+
 import lightning as L
 import pytest
 import torch
@@ -7,7 +9,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Teacher
 from d4m_plugin.sources.names import imagenet_ids, match_classes, readable, wordnet
-from d4m_plugin.teachers import load_teacher, save_teacher
+from d4m_plugin.teachers import check_above_chance, load_teacher, save_teacher
 from tests.toys import Squares
 
 
@@ -49,10 +51,54 @@ def test_a_teacher_of_other_classes_is_refused():
 
 
 def test_a_teacher_stays_frozen():
-    frozen = nn.Sequential(Teacher(nn.BatchNorm2d(3), ("a",), 4, (0, 0, 0), (1, 1, 1))).train()
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2))
+    frozen = nn.Sequential(Teacher(network, ("a", "b"), 4, (0, 0, 0), (1, 1, 1))).train()
     assert not any(module.training for module in frozen[0].modules())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert not frozen(torch.rand(2, 3, 4, 4, requires_grad=True)).requires_grad
+
+
+def test_a_module_that_teaches_stays_as_it_is():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).train()
+    load_teacher(network, Squares())
+    assert all(module.training for module in network.modules())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_teacher_of_too_many_outputs_is_named():
+    with pytest.raises(InputError, match="`teacher` returns no logits of 3 classes"):
+        check_above_chance(load_teacher(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), Squares()), Squares())
+
+
+class Unbalanced(Squares):
+    """Nine test images of ten are red."""
+
+    def test(self):
+        images = super().test()
+        images.targets = [0] * (len(images) - 1) + [1]
+        return images
+
+
+class Always(nn.Module):
+    def forward(self, images):
+        return torch.tensor([1.0, 0.0, 0.0]).repeat(len(images), 1)
+
+
+class ByColour(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def test_naming_the_largest_class_is_chance():
+    with pytest.raises(InputError, match=r"no more than chance \(50%\)"):
+        check_above_chance(Teacher(Always(), Squares().classes, 16, (0, 0, 0), (1, 1, 1)), Unbalanced())
+
+
+def test_few_images_are_enough_for_a_good_teacher():
+    source = Squares(classes=("red", "green"))
+    good = Teacher(nn.Sequential(ByColour(), nn.Linear(3, 2)), source.classes, 16, (0, 0, 0), (1, 1, 1))
+    good.model[1].weight.data, good.model[1].bias.data = torch.eye(2, 3), torch.zeros(2)
+    assert check_above_chance(good, source).startswith("names 100% of 8 ")
 
 
 @pytest.fixture
@@ -146,12 +192,15 @@ def test_imagenets_classes_are_known_by_any_library_s_names():
 
 def test_a_name_that_could_be_two_classes_is_missing():
     assert match_classes(["Cat", "dog"], ["cat", "CAT", "dog"]) == ([2], ["Cat"])
+    assert match_classes(["Cat", "CAT", "dog"], ["cat", "dog"]) == ([1], ["Cat", "CAT"])
 
 
 def test_the_teacher_of_a_small_source_is_trained_once(monkeypatch, tmp_path):
     monkeypatch.setattr("d4m_plugin.teaching.LEAST_STEPS", 2)
+    before = dict(os.environ)
     torch.manual_seed(0)
     first, then = load_teacher("auto", Squares(), tmp_path), torch.rand(3)
+    assert dict(os.environ) == before  # where Lightning keeps seeds
     assert len(list((tmp_path / "teachers").glob("squares-*.safetensors"))) == 1
     monkeypatch.setattr("d4m_plugin.teaching.train_teacher", None)
     torch.manual_seed(0)
@@ -159,6 +208,10 @@ def test_the_teacher_of_a_small_source_is_trained_once(monkeypatch, tmp_path):
     assert torch.equal(torch.rand(3), then)  # training it took nothing from the caller's random numbers
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(again(images), first(images))
+    larger = Squares()
+    larger.image_size = 24
+    with pytest.raises(TypeError):  # another is trained for other images, here by nothing
+        load_teacher("auto", larger, tmp_path)
 
 
 def test_no_teacher_is_trained_unasked_on_many_images(monkeypatch):

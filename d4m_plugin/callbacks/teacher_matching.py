@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -19,7 +21,7 @@ from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.errors import InputError
 from d4m_plugin.logits import LogitsHook, all_logits, source_of_logits
 from d4m_plugin.matching import MIXINGS, Mixed, matching_loss, soften
-from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher
+from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher, name_of
 
 STORED = "stored"  # the teacher whose logits are in the set
 
@@ -28,17 +30,18 @@ class TeacherMatching(L.Callback):
     """Make a LightningModule learn from a teacher in place of the labels, its code unedited.
 
     While fitting, each batch is mixed and goes through the module's own `training_step`; the student's logits are
-    taken from the forward pass that it makes there, and the loss that it returns is replaced by the one of matching
-    the teacher, which sees the same pixels. The module's own metrics go on: they get integer labels, those of the
-    larger part of each mixed image. The teacher is held here alone: no part of it is in the module, its checkpoint or
-    its optimiser.
+    taken from the first forward pass that it makes there with gradients, and the loss that it returns is replaced by
+    the one of matching the teacher, which sees the batch as the step gets it. The module's own metrics go on: they get
+    integer labels, those of the larger part of each mixed image. The teacher is held here alone: no part of it is in
+    the module, its checkpoint or its optimiser.
 
     Args:
         teacher: `auto` for the source's own, or one trained on its real images once where it is small;
             `torchvision:NAME`, `timm:NAME` or `transformers:ID`, a pretrained classifier; a checkpoint (.ckpt) of a run
-            with `train_on: real`; `stored`, the logits that `d4m relabel` wrote into the set; a list of these, whose
-            softened outputs are averaged; or null to leave the module's own loss and batches alone. In Python, a
-            Teacher too, or another module that takes the same input as the student.
+            with `train_on: real`; `stored`, the logits that `d4m relabel` wrote into the set, of whole images, whatever
+            is cropped of them; a list of these, whose softened outputs are averaged; or null to leave the module's own
+            loss and batches alone. In Python, a Teacher too, or another module that takes the same input as the
+            student, of which a copy teaches.
         temperature: T, by which the logits of both are divided, above 0.
         mixing: `cutmix` (the paper's), `mixup` or `none`.
         loss: `kl` of the softened outputs (the paper's, equation 8), or `mse` of the logits, which knows no
@@ -58,7 +61,7 @@ class TeacherMatching(L.Callback):
 
     def __init__(
         self,
-        teacher: str | nn.Module | Sequence[str | nn.Module] | None = "auto",
+        teacher: str | Path | nn.Module | Sequence[str | Path | nn.Module] | None = "auto",
         temperature: float = 20.0,
         mixing: Literal["cutmix", "mixup", "none"] = "cutmix",
         loss: Literal["kl", "mse"] = "kl",
@@ -71,15 +74,15 @@ class TeacherMatching(L.Callback):
             raise InputError(f"`mixing` is {mixing!r}; use {', '.join(MIXINGS)}.")
         if loss not in ("kl", "mse"):
             raise InputError(f"`loss` is {loss!r}; use kl or mse.")
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise InputError(f"`temperature` is {temperature}; it must be above 0.")
-        if not hard_label_weight >= 0:
+        if not 0 <= hard_label_weight < math.inf:
             raise InputError(f"`hard_label_weight` is {hard_label_weight}; it must be at least 0.")
         if isinstance(teacher, str | list | tuple) and not teacher:
             raise InputError(f"`teacher` is {teacher!r}; name one, or null for the labels alone.")
-        self.teachers: list[str | nn.Module] = []
+        self.teachers: list[str | Path | nn.Module] = []
         if teacher is not None:
-            self.teachers = [teacher] if isinstance(teacher, str | nn.Module) else list(teacher)
+            self.teachers = [teacher] if isinstance(teacher, str | Path | nn.Module) else list(teacher)
         self.temperature, self.mixing, self.loss = temperature, mixing, loss
         self.scale_by_temperature, self.hard_label_weight = scale_by_temperature, hard_label_weight
         self.student, self.compile_teacher = student, compile_teacher
@@ -99,26 +102,27 @@ class TeacherMatching(L.Callback):
                 f"{type(pl_module).__name__} has `automatic_optimization` set to False, so TeacherMatching cannot "
                 "replace its loss; use a module that returns its loss from `training_step`."
             )
-        found = self.student
+        if any(isinstance(each, TeacherMatching) and each._restore for each in trainer.callbacks):  # type: ignore[attr-defined]
+            raise InputError("two callbacks are TeacherMatching; use one, with a list of teachers as `teacher`.")
+        found = None  # until the first step, where layers may be made late
         if not (is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)):
             found = self._tried(pl_module, data)  # all its layers are there by now
         data.give_logits(STORED in self.teachers)
         named = [teacher for teacher in self.teachers if teacher != STORED]
-        self._loaded = [load_teacher(teacher, data.source, data.cache_dir) for teacher in named]
+        with torch.random.fork_rng(devices=[]):  # a seed gives the same batches, whatever the teacher
+            self._loaded = [load_teacher(teacher, data.source, data.cache_dir) for teacher in named]
         for name, teacher in zip(named, self._loaded, strict=True):
-            tried = check_above_chance(teacher, data.source)
-            rank_zero_info(f"Teacher {name if isinstance(name, str) else type(name).__name__}: {tried}.")
+            tried = check_above_chance(teacher.to(trainer.strategy.root_device), data.source)
+            rank_zero_info(f"Teacher {name_of(name)}: {tried}.")
         if found is not None:
             self._hook = LogitsHook(pl_module.get_submodule(found))
         self._wrap(pl_module, data)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Move the teachers to where the module is, and make them fast there."""
-        for teacher in self._loaded:
-            teacher.to(pl_module.device)
-            if self.compile_teacher:
-                teacher.model.to(memory_format=torch.channels_last)
-                teacher.model.compile()  # after the move, and in place
+        """Compile the teachers."""
+        for teacher in self._loaded if self.compile_teacher else ():
+            teacher.model.to(memory_format=torch.channels_last)
+            teacher.model.compile()  # in place
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Name the parameters for whose gradients processes would wait for ever."""
@@ -150,13 +154,15 @@ class TeacherMatching(L.Callback):
         if self.student is not None:
             self._check_is_there(pl_module, self.student)
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+            with torch.enable_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
                 copied = copy.deepcopy(pl_module).cpu()
                 step = functools.partial(type(copied).training_step, copied)  # not one set on the instance
                 takes_index = is_param_in_hook_signature(copied.training_step, "batch_idx", min_args=2)
                 with all_logits(copied, (2, data.num_classes)) as seen:
-                    step(batch, 0) if takes_index else step(batch)
+                    result = step(batch, 0) if takes_index else step(batch)
         except Exception:
+            return self.student
+        if result is None:  # it skips the batch
             return self.student
         return self._chosen(seen, pl_module, (2, data.num_classes))
 
@@ -172,6 +178,8 @@ class TeacherMatching(L.Callback):
     def _chosen(self, seen: list[tuple[str, Tensor]], pl_module: L.LightningModule, shape: tuple[int, int]) -> str:
         found = self.student if self.student in dict(seen) else None if self.student else source_of_logits(seen)
         if found is None:
+            if self.student is not None:
+                self._check_is_there(pl_module, self.student)
             raise self._nothing_seen(pl_module, shape)
         return found
 
@@ -195,9 +203,13 @@ class TeacherMatching(L.Callback):
                 self._hook.expect(shape)
                 result = own_step(batch, *args, **kwargs)
                 student = self._hook.take()
+                if result is None:  # it skips the batch
+                    return None
             else:  # the first step, of a module that could not be tried before
                 with all_logits(pl_module, shape) as seen:
                     result = own_step(batch, *args, **kwargs)
+                if result is None:
+                    return None
                 found = self._chosen(seen, pl_module, shape)
                 student = next(logits for name, logits in seen if name == found)
                 self._hook = LogitsHook(pl_module.get_submodule(found))
@@ -211,6 +223,7 @@ class TeacherMatching(L.Callback):
         pl_module.training_step = training_step  # type: ignore[method-assign]  # on the instance: its class stays as it is
 
         def restore() -> None:
+            data.give_logits(False)
             del pl_module.training_step
             if own_attribute is not None:
                 pl_module.training_step = own_attribute  # type: ignore[method-assign]

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
@@ -28,8 +30,10 @@ from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
+from d4m_plugin.hub import check_write_access
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.screening import WithoutBadImages, check_images, test_fingerprint
+from d4m_plugin.sharing import OthersSet, find_set
 from d4m_plugin.sources import Digits, LabelledImages, Source
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import random_subset
@@ -61,6 +65,13 @@ class D4MDataModule(L.LightningDataModule):
             `[image, label]` (torchgeo) or `[pixel_values, labels]` (transformers); by default a batch is a tuple.
         cache_dir: where distilled sets are kept; by default $D4M_CACHE, else ~/.cache/d4m.
         set_folder: a finished distilled set to train on, whatever the recipe says.
+        hub_id: a dataset repository of the Hub, as user/name, whose set to train on in place of distilling one: options
+            of the recipe that are not the defaults must be the set's. A set by another tool, of labelled images, will
+            do. Where it is not there, the set is distilled.
+        revision: branch, tag or commit of `hub_id`.
+        config_name: which of several sets of `set_folder` or `hub_id`; by default the one of `ipc`, else the only one.
+        push: put the set in `hub_id` when it is distilled; then all of the recipe must be that of a set there.
+        private: make `hub_id` a private repository.
         recipe: options of the Recipe.
 
     Attributes:
@@ -86,11 +97,23 @@ class D4MDataModule(L.LightningDataModule):
         batch_keys: tuple[str, str] | None = None,
         cache_dir: str | Path | None = None,
         set_folder: str | Path | None = None,
+        hub_id: str | None = None,
+        revision: str | None = None,
+        config_name: str | None = None,
+        push: bool = False,
+        private: bool = False,
         **recipe: Any,
     ) -> None:
         super().__init__()
         if train_on not in ("distilled", "real", "random"):
             raise InputError(f"`train_on` is {train_on!r}; use distilled, real or random.")
+        if push and (hub_id is None or train_on != "distilled" or set_folder or revision or config_name):
+            raise InputError(
+                "`push` is true; it needs `hub_id`, and `train_on: distilled`, and goes with none of `set_folder`, "
+                "`revision` and `config_name`."
+            )
+        if hub_id and set_folder:
+            raise InputError(f"`hub_id` is {hub_id!r} and `set_folder` {str(set_folder)!r}; name one set.")
         if weighted and train_on != "distilled":
             raise InputError(f"`weighted` is true, but `train_on` is {train_on!r}; only distilled images have weights.")
         for name, value, least in (
@@ -102,8 +125,10 @@ class D4MDataModule(L.LightningDataModule):
                 raise InputError(f"`{name}` is {value}; it must be at least {least}.")
         if not isinstance(source, Source | None):
             raise InputError(f"`source` is {source!r}; it must be a Source, such as Digits().")
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise InputError(f"`crop_scale` is {crop_scale}; it must be two shares in (0, 1], the smaller first.")
+        if batch_keys is not None and (len(batch_keys) != 2 or batch_keys[0] == batch_keys[1]):
+            raise InputError(f"`batch_keys` is {batch_keys}; it must be two names, the images' and the labels'.")
         self.source = source or Digits()
         if skip_bad_images:
             self.source = WithoutBadImages(self.source, resolve_cache_dir(cache_dir), num_workers)
@@ -116,8 +141,22 @@ class D4MDataModule(L.LightningDataModule):
         self._logits: Tensor | None = None
         self.flip = self.source.flip if flip is None else flip
         self.num_classes = len(self.source.classes)
-        self.image_size = self.recipe.image_size or self.source.image_size
-        self._named_set = DistilledDataset(Path(set_folder).resolve()) if set_folder else None
+        self.hub_id, self.push, self.private = hub_id, push, private
+        self.prepare_data_per_node = False  # one process asks for leave to push
+        self._named_set: DistilledDataset | None = None
+        self._others_set: OthersSet | None = None
+        if train_on == "distilled" and set_folder:
+            self._named_set = DistilledDataset(Path(set_folder).resolve(), config_name)
+        if train_on == "distilled" and hub_id:
+            found = find_set(self.source, self.recipe, hub_id, config_name, revision, exact=push)
+            if isinstance(found, OthersSet):
+                self._others_set = found
+            else:
+                self._named_set = found
+        own = self._named_set.recipe["image_size"] if self._named_set else self.source.image_size
+        self.image_size: int = self.recipe.image_size or own
+        if weighted and self._others_set:
+            raise InputError(f"`weighted` is true, but {hub_id} was distilled by another tool and has no weights.")
         if self._named_set and self._named_set.classes != list(self.source.classes):
             its, ours = _listed(self._named_set.classes), _listed(self.source.classes)
             raise InputError(
@@ -125,13 +164,18 @@ class D4MDataModule(L.LightningDataModule):
                 f"({ours}); name the source that it was distilled from."
             )
 
+    def prepare_data(self) -> None:
+        """Before the long work of a set that is to be pushed, ask the Hub for leave."""
+        if self.push and self.hub_id and not self._named_set:
+            check_write_access(self.hub_id, self.private)
+
     @cached_property
     def distilled(self) -> DistilledDataset:
-        """The distilled set: the one named, else one made or found when first asked for."""
+        """The distilled set: the one named, else one made or found when first asked for, and pushed if it is to be."""
         if self._named_set:
             return self._named_set
         with _ended_by_sigterm():
-            return distill(
+            made = distill(
                 self.source,
                 self.recipe,
                 cache_dir=self.cache_dir,
@@ -139,12 +183,16 @@ class D4MDataModule(L.LightningDataModule):
                 num_workers=self.num_workers,
                 keep_latents=self.keep_latents,
             )
+        if self.push and self.hub_id and (self.trainer is None or self.trainer.is_global_zero):
+            commit = made.push_to_hub(self.hub_id, private=self.private)
+            rank_zero_info(f"Pushed {made.folder.name} to {self.hub_id}, revision {commit}.")
+        return made
 
     @cached_property
     def training_set(self) -> LabelledImages:
         """The images that `train_on` names, before augmentation."""
         if self.train_on == "distilled":
-            return self.distilled
+            return self._others_set or self.distilled
         images, fingerprint = self.source.train(), self.source.fingerprint
         if self.train_on == "random":
             images = random_subset(self.source, self.recipe.ipc, self.recipe.seed)
@@ -172,7 +220,7 @@ class D4MDataModule(L.LightningDataModule):
         if wanted and (named is None or named.logits is None or self.train_on != "distilled"):
             raise InputError(
                 "`teacher` is 'stored', which needs a distilled set with a teacher's logits: write them by "
-                "`d4m relabel --folder FOLDER`, and name the folder as `set_folder`."
+                "`d4m relabel FOLDER`, and name the folder as `set_folder`."
             )
         self._logits = named.logits if wanted and named else None
 
@@ -180,7 +228,8 @@ class D4MDataModule(L.LightningDataModule):
         """Batches of images, uint8 (B, 3, H, W), and labels, int64 (B,); `augmented` prepares them."""
         held = self._held_training_set
         if held:
-            return self._loader(held if self._logits is None else _Held(*held.tensors, self._logits), self._sampler)
+            with_logits = held if self._logits is None else _Held(*held.tensors, self._logits)
+            return self._training_loader(with_logits, self._sampler)
         transform = v2.Compose(
             [
                 v2.RGB(),
@@ -189,7 +238,7 @@ class D4MDataModule(L.LightningDataModule):
                 v2.RandomHorizontalFlip(0.5 if self.flip else 0.0),
             ]
         )
-        return self._loader(_Transformed(self.training_set, transform), RandomSampler)
+        return self._training_loader(_Transformed(self.training_set, transform), RandomSampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Real test images, resized and centre-cropped: nothing here chooses by them, the last epoch counts."""
@@ -202,7 +251,14 @@ class D4MDataModule(L.LightningDataModule):
         """Augment a training batch, normalise any other, on the device that the trainer has moved it to."""
         images, *others = batch
         trainer = self.trainer
-        return self.packed((self.augmented if trainer and trainer.training else self.normalised)(images), *others)
+        assert trainer is not None  # which calls this
+        images = (self.augmented if trainer.training else self.normalised)(images)
+        images = trainer.precision_plugin.convert_input(images)  # it saw uint8, before
+        batch = self.packed(images, *others)
+        module = trainer.lightning_module  # whose own hook Lightning leaves out where the data has one
+        if is_overridden("on_after_batch_transfer", module):
+            return module.on_after_batch_transfer(batch, dataloader_idx)
+        return batch
 
     def packed(self, *parts: Tensor) -> Any:
         """Return a batch of images and labels, and what else a callback asks for, as the model takes it."""
@@ -267,7 +323,15 @@ class D4MDataModule(L.LightningDataModule):
         of_class = torch.zeros(self.num_classes, dtype=torch.float64).index_add(0, labels, weights)
         return WeightedRandomSampler((weights / of_class[labels]).tolist(), len(held))
 
-    def _loader(self, dataset: "_Held | _Transformed", sampler: Callable[[Any], Sampler[int]]) -> DataLoader[Any]:
+    def _training_loader(
+        self, dataset: "_Held | _Transformed", sampler: Callable[[Any], Sampler[int]]
+    ) -> DataLoader[Any]:
+        alone = 1 < self.batch_size < len(dataset) and len(dataset) % self.batch_size == 1
+        return self._loader(dataset, sampler, drop_last=alone)  # batch norm has no variance of one image
+
+    def _loader(
+        self, dataset: "_Held | _Transformed", sampler: Callable[[Any], Sampler[int]], drop_last: bool = False
+    ) -> DataLoader[Any]:
         workers = 0 if isinstance(dataset, _Held) else self.num_workers  # a held batch is one indexing
         return DataLoader(
             dataset,
@@ -276,6 +340,7 @@ class D4MDataModule(L.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_as_it_is if isinstance(dataset, _Held) else default_collate,
+            drop_last=drop_last,
         )
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -68,6 +69,8 @@ def match_classes(wanted: Sequence[str], known: Sequence[str]) -> tuple[list[int
             candidates = set().union(*(loosely.get(spelling, ()) for spelling in _spellings(name))) - taken
             if len(candidates) == 1:
                 found[label] = candidates.pop()
+    wanted_times = Counter(found)
+    found = [place if wanted_times[place] == 1 else None for place in found]  # nothing is two classes
     missing = [name for name, place in zip(wanted, found, strict=True) if place is None]
     return [place for place in found if place is not None], missing
 

@@ -1,0 +1,156 @@
+"""Distilled sets of the Hub in place of ones made here, and the other way round."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from d4m_plugin.distilled import DistilledDataset
+from d4m_plugin.errors import InputError, InputWarning
+from d4m_plugin.hub import NotOnTheHub, Repository, find_repository, without_folders
+from d4m_plugin.recipe import Recipe
+from d4m_plugin.sources import HuggingFace, LabelledImages, Source
+from d4m_plugin.sources.names import match_classes
+
+
+class OthersSet:
+    """A set that another tool distilled, as images with the source's labels."""
+
+    def __init__(self, images: LabelledImages, label_of: list[int]) -> None:
+        self.images = images
+        self.targets = [label_of[label] for label in images.targets]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index][0], self.targets[index]
+
+
+def find_set(
+    source: Source,
+    recipe: Recipe,
+    hub_id: str,
+    config_name: str | None = None,
+    revision: str | None = None,
+    exact: bool = False,
+) -> DistilledDataset | OthersSet | None:
+    """Return the set of a Hub repository that suits a source and a recipe; None where it has none yet.
+
+    Args:
+        source: the real images; the set's classes must be theirs.
+        recipe: what was asked for: options that are not the defaults must be the set's, the others are the set's.
+        hub_id: the repository, as user/name.
+        config_name: which of its sets; by default the one of `ipc`, else the only one.
+        revision: branch, tag or commit.
+        exact: all of the recipe must be the set's, and a repository may be without sets.
+
+    Raises:
+        InputError: where the Hub does not give the repository, or its set is not the one asked for.
+    """
+    try:
+        repository = find_repository(hub_id, revision)
+    except NotOnTheHub:
+        if revision is not None or config_name is not None:
+            raise
+        return None
+    if not repository.configs:
+        return None if exact else _others(source, hub_id, config_name, revision)
+    name = config_name or _config_of(repository, recipe, exact)
+    if name is None:
+        return None
+    found = DistilledDataset(hub_id, name, repository.revision)
+    differs = _differences(found, source, recipe, exact)
+    if differs:
+        raise InputError(
+            f"`hub_id` is {hub_id!r}, whose {name} is not the set asked for: it has {'; '.join(differs)}. Ask for what "
+            "it has, or name another."
+        )
+    return found
+
+
+def _config_of(repository: Repository, recipe: Recipe, exact: bool) -> str | None:
+    if recipe.config_name in repository.configs:
+        return recipe.config_name
+    if exact or recipe.ipc != Recipe.ipc:
+        return None
+    if len(repository.configs) > 1:
+        listed = ", ".join(repository.configs)
+        raise InputError(f"`hub_id` is {repository.repo_id!r}, which holds {listed}; name one as `config_name`.")
+    return repository.configs[0]
+
+
+def _differences(found: DistilledDataset, source: Source, recipe: Recipe, exact: bool) -> list[str]:
+    differs = []
+    if found.classes != list(source.classes):
+        differs.append(f"the classes {_listed(found.classes)} (asked for: {_listed(list(source.classes))})")
+    asked = dataclasses.asdict(recipe.resolved(source))
+    asked["diffusion"] = without_folders(asked["diffusion"])
+    for field in dataclasses.fields(Recipe):
+        told = exact or getattr(recipe, field.name) != field.default
+        if told and found.recipe[field.name] != asked[field.name]:
+            differs.append(f"{field.name} {found.recipe[field.name]!r} (asked for: {asked[field.name]!r})")
+    return differs
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + ("…" if len(names) > 5 else "")
+
+
+def _others(source: Source, hub_id: str, config_name: str | None, revision: str | None) -> OthersSet:
+    images = HuggingFace(hub_id, config_name, revision, test_split="train")  # of its own test split, no use is made
+    label_of, unknown = match_classes(images.classes, source.classes)
+    if unknown and len(images.classes) == len(source.classes) and all(name.isdecimal() for name in images.classes):
+        warnings.warn(
+            InputWarning(f"the labels of {hub_id} are numbers without names: taken in the order of {source.name}'s."),
+            stacklevel=2,
+        )
+        label_of, unknown = list(range(len(source.classes))), []
+    if unknown:
+        raise InputError(
+            f"`hub_id` is {hub_id!r}, whose classes {_listed(unknown)} are not among those of {source.name} "
+            f"({_listed(list(source.classes))}); name the `source` that it was distilled from."
+        )
+    return OthersSet(images.train(), label_of)
+
+
+def push_set(
+    folder: Path,
+    hub_id: str,
+    config_name: str | None = None,
+    private: bool = False,
+    tag: str | None = None,
+    source_license: str | None = None,
+    model_license: str | None = None,
+) -> dict[str, Any]:
+    """Upload a distilled set to the Hugging Face Hub, in one commit, and read it back.
+
+    Other sets and other people's text in the repository stay.
+
+    Args:
+        folder: the set's.
+        hub_id: the dataset repository, as user/name; made where it is not there.
+        config_name: which of several sets in the folder.
+        private: make it a private repository.
+        tag: a name for the commit, such as `v1`.
+        source_license: of the real images, by the Hub's name for it, where the set does not know it.
+        model_license: of the diffusion model, likewise.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        InputError: where the folder is no distilled set, or the Hub refuses; the set stays as it is.
+    """
+    from huggingface_hub import constants
+
+    dataset = DistilledDataset(folder.resolve(), config_name)
+    licenses = {"source_license": source_license, "model_license": model_license}
+    commit = dataset.push_to_hub(hub_id, private=private, tag=tag, **licenses)
+    return {
+        "pushed to": f"{constants.ENDPOINT}/datasets/{hub_id}",
+        "revision": commit,
+        "by anyone": f'load_dataset("{hub_id}", "{dataset.folder.name}", split="train")',
+    }
