@@ -23,8 +23,8 @@ ABOUT = """
 
 A small set of synthetic images in place of the training split of `{source}`, made by D4M
 ([CVPR 2024](https://arxiv.org/abs/2407.15138)) with [d4m-plugin](https://pypi.org/project/d4m-plugin/): the real images
-of a class are clustered in the latent space of a diffusion model, which makes an image of each cluster's centre. An
-image classifier trained on the set learns most of what the real images would teach it, in a fraction of the time.
+of a class are clustered in the latent space of a diffusion model, which makes an image of each cluster's centre. Image
+classifiers are trained on it in a fraction of the time.
 
 ## Use
 
@@ -41,7 +41,7 @@ lightning fit --data D4MDataModule {options}
 ```python
 from d4m_plugin import DistilledDataset
 
-DistilledDataset("{where}", config="{config}", transform=transform)  # torchvision-style, for plain PyTorch
+DistilledDataset("{where}", config="{config}", transform=transform)  # for plain PyTorch
 ```
 
 Columns: `image`; `label`; the `prototype` (cluster) that an image was made from; its `weight`, the share of the class's
@@ -247,7 +247,9 @@ def _size_category(images: int) -> str:
 
 def _cell(name: str, value: object) -> str:
     if value is None:
-        return "all" if name == "max_images_per_class" else "the model's own"
+        return {"max_images_per_class": "all", "diffusion_revision": "the newest"}.get(name, "the model's own")
+    if value == "":
+        return "none"
     if isinstance(value, dict):
         return f"{len(value)}, in d4m.json" if value else "the source's"
     return f"`{value!s}`".replace("|", "\\|").replace("\n", " ")

@@ -86,8 +86,10 @@ def check_write_access(repo_id: str, private: bool = False) -> None:
     Raises:
         InputError: where not.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
 
+    if get_token() is None:
+        raise InputError(f"`hub_id` is {repo_id!r}, but you are not logged in: run `hf auth login`, or set HF_TOKEN.")
     api = HfApi(library_name="d4m-plugin")
 
     def check() -> None:
@@ -243,7 +245,8 @@ class _HubError(Exception):
         stated = "" if response is None else response.headers.get("Retry-After", "")
         self.retry_after = int(stated) if stated.isdecimal() else 0
         said = getattr(cause, "server_message", None) or str(cause).strip().partition("\n")[0]
-        super().__init__(f"{self.status}, {said}" if self.status else said or type(cause).__name__)
+        said = said.rstrip(".") or type(cause).__name__
+        super().__init__(f"{self.status}, {said}" if self.status else said)
 
     @property
     def may_pass(self) -> bool:
@@ -257,13 +260,12 @@ class _HubError(Exception):
 @contextmanager
 def _hub_errors() -> Iterator[None]:
     import httpx2
-    from huggingface_hub.errors import HFValidationError
 
     try:
         yield
     except InputError:
         raise
-    except (OSError, RuntimeError, HFValidationError, httpx2.HTTPError) as error:
+    except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
         cause: BaseException | None = error
         while cause is not None:  # uploads wrap it, `datasets` too
             if isinstance(cause, httpx2.HTTPError):
@@ -281,8 +283,6 @@ def _explained(error: _HubError, repo_id: str, local: str | None) -> InputError:
     what = f"`hub_id` is {repo_id!r}"
     if isinstance(cause, errors.HFValidationError):
         return InputError(f"{what}, which is no name of the Hub's: {error}")
-    if isinstance(cause, errors.LocalTokenNotFoundError):
-        return InputError(f"{what}, but you are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN{whole}.")
     if isinstance(cause, errors.GatedRepoError):
         return InputError(f"{what}, which is gated: ask for access on its page, then log in (`hf auth login`).")
     if isinstance(cause, errors.RevisionNotFoundError):

@@ -1,0 +1,441 @@
+"""Sharing by the Hub: real huggingface_hub and datasets in processes of their own, against a small Hub in memory."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from huggingface_hub import DatasetCard
+from PIL import Image
+
+from d4m_plugin import DistilledDataset, Recipe, distill
+from d4m_plugin.distilled import checksums, write_parquet
+from tests import hub_server
+from tests.toys import Squares
+
+REPO = "me/squares-d4m"
+RECIPE = Recipe(ipc=2, num_inference_steps=2)
+
+
+@pytest.fixture
+def hub():
+    with hub_server.running() as hub:
+        yield hub
+    assert not [line for line in hub.log if "no route" in line]
+
+
+@pytest.fixture
+def made(squares, tmp_path):
+    return distill(squares, RECIPE, output=tmp_path / "a-secret-place" / "set")
+
+
+@pytest.fixture
+def client(hub, tmp_path):
+    """Runs code in a process of its own, whose Hub is the server, and returns the JSON that it prints last."""
+
+    def run(code, token=hub_server.WRITER, **environment):
+        own = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": token,
+            "D4M_CACHE": str(tmp_path / "d4m"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+        before = "import json\nimport d4m_plugin.hub\nd4m_plugin.hub.WAITS = (0, 0)\n"
+        before += f"SQUARES = {Squares.diffusion!r}\n"
+        result = subprocess.run(
+            [sys.executable, "-c", before + code],
+            env={name: value for name, value in os.environ.items() if not name.startswith("HF_")} | own | environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert not token or token not in result.stdout + result.stderr
+        print(result.stderr, file=sys.stderr)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1]) if result.stdout.strip() else None
+
+    return run
+
+
+def pushing(folder, repo=REPO, **options):
+    return f"""
+from d4m_plugin import DistilledDataset
+print(json.dumps(DistilledDataset({str(folder)!r}).push_to_hub({repo!r}, **{options!r})))
+"""
+
+
+def files_of(hub, repo=REPO):
+    return hub.repos["dataset", repo].commits[-1][1]
+
+
+def card_of(hub, repo=REPO):
+    return DatasetCard(files_of(hub, repo)["README.md"].decode())
+
+
+def test_a_pushed_set_is_read_by_anyone(hub, client, made):
+    commit = client(pushing(made.root, tag="v1", private=True))
+    repo = hub.repos["dataset", REPO]
+    assert repo.tags == {"v1": commit}
+    assert repo.private
+    assert len(repo.commits) == 2  # the Hub's own, and one
+    found = client(f"""
+from datasets import load_dataset
+from d4m_plugin import DistilledDataset
+rows = load_dataset({REPO!r}, "ipc-2", revision={commit!r}, split="train")
+streamed = list(load_dataset({REPO!r}, split="train", streaming=True))
+ours = DistilledDataset({REPO!r}, config="ipc-2", revision="v1")
+print(json.dumps([rows["label"][:], rows.features["label"].names, [row["label"] for row in streamed],
+                  ours.targets, ours.classes, ours.revision, ours.images.sum().item()]))
+""")
+    sums = [commit, made.images.sum().item()]
+    assert found == [made.targets, made.classes, made.targets, made.targets, made.classes, *sums]
+    offline = f"""
+from datasets import load_dataset
+from d4m_plugin import DistilledDataset
+print(json.dumps([len(load_dataset({REPO!r}, "ipc-2", split="train")), len(DistilledDataset({REPO!r}))]))
+"""
+    client(offline)
+    hub.shutdown()
+    assert client(offline, HF_HUB_OFFLINE="1") == [6, 6]
+
+
+def test_a_push_tells_nothing_of_this_machine(hub, client, made, tmp_path):
+    client(pushing(made.root))
+    for name, content in files_of(hub).items():
+        for secret in (str(tmp_path).encode(), b"a-secret-place", os.environ.get("USER", "root").encode() + b"/"):
+            assert secret not in content, name
+
+
+def test_several_sets_share_a_card_with_other_people(hub, client, made, squares, tmp_path):
+    theirs = """---
+license: mit
+tags: [fun]
+configs:
+- config_name: real
+  data_files: real.parquet
+---
+# My squares
+
+Mine.
+"""
+    datasets.Dataset.from_dict({"label": [0]}).to_parquet(tmp_path / "real.parquet")
+    hub.dataset(REPO, {"README.md": theirs.encode(), "real.parquet": (tmp_path / "real.parquet").read_bytes()})
+    client(pushing(made.root))
+    more = distill(squares, Recipe(ipc=4, num_inference_steps=2), output=tmp_path / "more")
+    client(pushing(more.root))
+    hub_server_card = files_of(hub)["README.md"].decode()
+    mine = hub_server_card.replace("Mine.", "Mine, still.")
+    hub.dataset(REPO, files_of(hub) | {"README.md": mine.encode()})
+    client(pushing(more.root, source_license="cc0-1.0", model_license="apache-2.0"))
+
+    card = card_of(hub)
+    assert [config["config_name"] for config in card.data.configs] == ["real", "ipc-2", "ipc-4"]
+    assert [config.get("default") for config in card.data.configs] == [True, None, None]
+    assert {info["config_name"] for info in card.data.dataset_info} == {"ipc-2", "ipc-4"}
+    assert set(card.data.license) == {"mit", "unknown", "cc0-1.0", "apache-2.0"}
+    assert {"fun", "d4m", "dataset-distillation"} <= set(card.data.tags)
+    assert card.text.strip().startswith("# My squares\n\nMine, still.\n")
+    assert [card.text.count(f"## ipc-{ipc}: ") for ipc in (2, 4)] == [1, 1]
+    assert "real.parquet" in files_of(hub)
+    read = client(f"""
+import datasets
+print(json.dumps([len(datasets.load_dataset({REPO!r}, name, split="train")) for name in ("ipc-2", "ipc-4", "real")]))
+""")
+    assert read == [6, 12, 1]
+
+
+def test_data_that_no_config_names_is_not_hidden(hub, client, made):
+    hub.dataset(REPO, {"train.csv": b"label\n0\n"})
+    said = client(f"""
+from d4m_plugin import DistilledDataset, InputError
+try:
+    DistilledDataset({str(made.root)!r}).push_to_hub({REPO!r})
+except InputError as error:
+    print(json.dumps(str(error)))
+""")
+    assert "whose data (train.csv) has no config that names it" in said
+    assert len(hub.repos["dataset", REPO].commits) == 1
+
+
+def test_a_set_is_replaced_whole_and_pushed_once(hub, client, made, squares, tmp_path):
+    first = client(pushing(made.root))
+    assert client(pushing(made.root)) == first
+    old = files_of(hub) | {"ipc-2/train-00001-of-00002.parquet": b"of a larger one"}
+    hub.dataset(REPO, old)
+    other = distill(squares, Recipe(ipc=2, num_inference_steps=2, seed=1), output=tmp_path / "other")
+    client(pushing(other.root))
+    assert {name for name in files_of(hub) if name.startswith("ipc-2/")} == {
+        f"ipc-2/{path.name}" for path in other.folder.iterdir()
+    }
+    assert hub.repos["dataset", REPO].commits[-1][1]["ipc-2/preview.png"] == other.preview.read_bytes()
+
+
+def test_a_commit_between_is_merged_with(hub, client, made):
+    """Someone else's commit after ours has read the card: the Hub answers 412."""
+    hub.dataset(REPO)
+    hub.faults = [hub_server.Fault("POST", "/commit/", 412)]
+    client(pushing(made.root))
+    assert len([line for line in hub.log if "/commit/main" in line]) == 2
+
+
+def test_an_answer_that_is_lost_is_not_a_second_commit(hub, client, made):
+    hub.faults = [hub_server.Fault("POST", "/commit/", after=True)]
+    commit = client(pushing(made.root))
+    assert [oid for oid, _ in hub.repos["dataset", REPO].commits][1:] == [commit]
+
+
+def test_what_arrives_changed_is_noticed(hub, client, made):
+    """A Hub that gives back other bytes than it got."""
+    made_commit = hub_server.Handler.make_commit
+
+    def damages(self, name, revision):
+        self.server.blobs = {oid: blob[::-1] for oid, blob in self.server.blobs.items()}
+        made_commit(self, name, revision)
+
+    routes = [(route, damages if handle is made_commit else handle) for route, handle in hub_server.ROUTES]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub_server, "ROUTES", routes)
+        said = client(f"""
+from d4m_plugin import DistilledDataset, InputError
+try:
+    DistilledDataset({str(made.root)!r}).push_to_hub({REPO!r})
+except InputError as error:
+    print(json.dumps(str(error)))
+""")
+    assert re.search("differs from .* in .*preview.png.*: push anew", said)
+
+
+WHOLE = "the set in '.*set' is whole: push it later"
+# What the Hub does, how often, and what the user is told; nothing where another try helps.
+FAULTS = {
+    "token gone stale": ("GET", "/auth-check", 401, 9, "does not accept your token: log in anew"),
+    "forbidden": ("GET", "/auth-check", 403, 9, "your token may not write"),
+    "gone": ("GET", "/auth-check", 404, 9, "Hub refuses: 404"),
+    "commit conflict": ("POST", "/commit/", 409, 1, None),
+    "commit came between": ("POST", "/commit/", 412, 2, None),
+    "too many requests": ("POST", "/commit/", 429, 1, None),
+    "too many requests, for long": ("POST", "/commit/", 429, 9, f"takes no more requests .* in 600 s; {WHOLE}"),
+    "server error": ("POST", "/commit/", 500, 2, None),
+    "server error for ever": ("POST", "/commit/", 503, 9, f"did not do its part .503, .*: try again later; {WHOLE}"),
+    "server error of an upload": ("PUT", "/lfs/", 500, 1, None),
+    "cut off": ("POST", "/commit/", None, 1, None),
+    "cut off in an upload": ("PUT", "/lfs/", None, 1, None),
+    "cut off for ever": ("POST", "/commit/", None, 9, f"did not do its part .*: try again later; {WHOLE}"),
+    "bad card": ("POST", "/validate-yaml", 400, 9, f"refuses: .*; {WHOLE}"),
+    "read back after an error": ("GET", "/resolve/", 500, 1, None),
+}
+
+
+def test_every_fault_is_got_over_or_told_in_a_sentence(hub, client, made):
+    before = checksums(made.folder)
+    cases = {
+        name: (
+            f"me/case-{number}",
+            {
+                "method": method,
+                "path": path,
+                "status": status,
+                "times": times,
+                "headers": {"Retry-After": "600" if times > 1 else "1"} if status == 429 else {},
+            },
+        )
+        for number, (name, (method, path, status, times, _)) in enumerate(FAULTS.items())
+    }
+    said = client(f"""
+import httpx2
+from d4m_plugin import DistilledDataset, InputError
+made, said = DistilledDataset({str(made.root)!r}), {{}}
+for name, (repo, fault) in json.loads({json.dumps(cases)!r}).items():
+    httpx2.post({hub.url!r} + "/faults", json=[fault])
+    try:
+        made.push_to_hub(repo)
+        said[name] = None
+    except InputError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+""")
+    for name, (*_, expected) in FAULTS.items():
+        if expected is None:
+            assert said[name] is None, name
+            assert "ipc-2/d4m.json" in files_of(hub, cases[name][0])
+        else:
+            assert re.search(expected, said[name] or ""), (name, said[name])
+            assert "\n" not in said[name]
+    assert checksums(made.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "says"),
+    [
+        ("me/squares d4m", hub_server.WRITER, "is no name of the Hub's"),
+        ("you/squares", hub_server.WRITER, "to which your token may not write"),
+        ("me/squares", hub_server.READER, "to which your token may not write"),
+        ("me/squares", "", "you are not logged in: run `hf auth login`, or set HF_TOKEN"),
+        ("me/squares", "hf_old", "the Hub does not accept your token: log in anew"),
+        ("me/a-model", hub_server.WRITER, None),  # a model of that name is no hindrance
+    ],
+)
+def test_who_may_push_where(hub, client, made, repo, token, says):
+    hub.repos["model", "me/a-model"] = hub_server.Repo()
+    said = client(
+        f"""
+from d4m_plugin import DistilledDataset, InputError
+try:
+    print(json.dumps([DistilledDataset({str(made.root)!r}).push_to_hub({repo!r})]))
+except InputError as error:
+    print(json.dumps(str(error)))
+""",
+        token,
+    )
+    assert (says in said) if says else re.fullmatch("[0-9a-f]{40}", said[0])
+
+
+@pytest.mark.parametrize(
+    ("root", "revision", "says"),
+    [
+        ("me/missing", None, "Hub has no such dataset, or hides it"),
+        ("me/a-model", None, r"Hub has no such dataset \(it is a model\)"),
+        ("me/gated", None, "which is gated: ask for access on its page"),
+        ("me/squares-d4m", "v9", "has no such `revision`"),
+        ("me/squares-d4m", None, "is not a distilled set"),
+    ],
+)
+def test_what_cannot_be_read_is_told(hub, client, root, revision, says):
+    hub.repos["model", "me/a-model"] = hub_server.Repo()
+    hub.dataset("me/gated", gated=True)
+    hub.dataset(REPO)
+    said = client(
+        f"""
+from d4m_plugin import DistilledDataset, InputError
+try:
+    DistilledDataset({root!r}, revision={revision!r})
+except InputError as error:
+    print(json.dumps(str(error)))
+""",
+        hub_server.READER,
+    )
+    assert re.search(says, said)
+
+
+FITTING = """
+import sys
+from tests.toys import Squares
+Squares.diffusion = SQUARES
+from d4m_plugin.cli import d4m
+def fit(*options):
+    sys.argv = ["d4m", "fit", "--data", "D4MDataModule", "--data.source", "tests.toys.Squares", "--matching.teacher",
+        "null", "--data.num_inference_steps", "2", "--trainer.max_steps", "1", "--trainer.logger", "false",
+        "--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false", *options]
+    try:
+        d4m()
+        return 0
+    except SystemExit as end:
+        return end.code
+"""
+
+
+def test_fit_pushes_what_it_distils_and_finds_it_again(hub, client, squares):
+    status = client(
+        FITTING
+        + f"""
+pushed = fit("--data.hub_id", {REPO!r}, "--data.push", "true", "--data.ipc", "2")
+again = fit("--data.hub_id", {REPO!r}, "--data.push", "true", "--data.ipc", "2")
+second = fit("--data.hub_id", {REPO!r}, "--data.push", "true", "--data.ipc", "4")
+elsewhere = fit("--data.hub_id", {REPO!r}, "--data.ipc", "4", "--data.cache_dir", "empty")
+differs = fit("--data.hub_id", {REPO!r}, "--data.ipc", "4", "--data.strength", "0.5")
+unpushed = fit("--data.hub_id", {REPO!r}, "--data.push", "true", "--data.ipc", "4", "--data.seed", "1")
+print(json.dumps([pushed, again, second, elsewhere, differs, unpushed]))
+"""
+    )
+    assert status == [0, 0, 0, 0, 2, 2]
+    assert len(hub.repos["dataset", REPO].commits) == 3
+    assert {"ipc-2/d4m.json", "ipc-4/d4m.json"} <= set(files_of(hub))
+
+
+def test_without_leave_to_push_nothing_is_distilled(hub, client, squares, tmp_path):
+    hub.dataset(REPO)
+    code = FITTING + f"""print(json.dumps(fit("--data.hub_id", {REPO!r}, "--data.push", "true", "--data.ipc", "2")))"""
+    assert client(code, hub_server.READER) == 2
+    assert not list((tmp_path / "d4m").glob("sets/*"))
+
+
+def test_the_hubs_set_brings_its_own_recipe_unless_asked_otherwise(hub, client, squares, tmp_path):
+    made = distill(squares, Recipe(ipc=2, num_inference_steps=2, strength=0.5, image_size=8), output=tmp_path / "own")
+    client(pushing(made.root))
+    found = client(f"""
+from d4m_plugin import D4MDataModule, InputError
+from tests.toys import Squares
+Squares.diffusion = SQUARES
+data = D4MDataModule(Squares(), hub_id={REPO!r})
+says = []
+for source, options in ((Squares(), dict(strength=0.6, ipc=2)), (Squares(classes=("red", "green", "blue")), {{}})):
+    try:
+        D4MDataModule(source, hub_id={REPO!r}, **options)
+    except InputError as error:
+        says.append(str(error))
+print(json.dumps([data.image_size, len(data.training_set), data.distilled.recipe["strength"], *says]))
+""")
+    assert found[:3] == [8, 6, 0.5]
+    assert "has strength 0.5 (asked for: 0.6)" in found[3]
+    assert "has the classes red, green / blue, ünï 🦆 (asked for: red, green, blue)" in found[4]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"), [(["Green / Blue", "ünï_🦆", "red"], [2, 0, 1]), (["0", "1", "2"], [0, 1, 2])]
+)
+def test_a_set_by_others_trains(hub, client, squares, tmp_path, names, labels):
+    """Image and label columns of any names, the classes in an order of their own, or numbers."""
+    images = Squares(per_class=1).train()
+    columns = {
+        "picture": [images[index][0] for index in (0, 1, 2)],
+        "kind": labels,
+    }
+    features = {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=names)}
+    theirs = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    theirs.to_parquet(tmp_path / "theirs.parquet")
+    hub.dataset("you/theirs", {"data/train.parquet": (tmp_path / "theirs.parquet").read_bytes()})
+    status, targets = client(
+        FITTING
+        + """
+from d4m_plugin import D4MDataModule
+data = D4MDataModule(Squares(), hub_id="you/theirs")
+print(json.dumps([fit("--data.hub_id", "you/theirs"), data.training_set.targets]))
+"""
+    )
+    assert (status, targets) == (0, [0, 1, 2])
+
+
+def test_a_large_set_is_written_in_shards(tmp_path, squares):
+    made = distill(squares, Recipe(ipc=4, num_inference_steps=2), output=tmp_path / "set")
+    (whole,) = made.folder.glob("*.parquet")
+    import torch
+
+    blocks = [
+        {
+            "image": made.images[rows],
+            "label": torch.tensor(made.targets[rows]),
+            "prototype": torch.arange(12)[rows] % 4,
+            "weight": made.weights[rows],
+            "seed": torch.arange(12)[rows],
+        }
+        for rows in (slice(0, 5), slice(5, 10), slice(10, 12))
+    ]
+    whole.unlink()
+    write_parquet(made.folder, made.classes, blocks, most=1)
+    assert [path.name for path in sorted(made.folder.glob("*.parquet"))] == [
+        f"train-0000{number}-of-00003.parquet" for number in (0, 1, 2)
+    ]
+    again = DistilledDataset(made.root)
+    assert torch.equal(again.images, made.images)
+    assert again.targets == made.targets
+    read = datasets.load_dataset(str(made.root), split="train")
+    assert read["label"][:] == made.targets
+    assert all(isinstance(image, Image.Image) for image in read["image"])
