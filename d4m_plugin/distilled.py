@@ -23,7 +23,7 @@ from torchvision.datasets import VisionDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from d4m_plugin.errors import InputError
-from d4m_plugin.hub import find_repository, push
+from d4m_plugin.hub import NotOnTheHub, find_repository, push
 from d4m_plugin.preview import to_pil
 
 FORMAT = 2
@@ -66,7 +66,10 @@ class DistilledDataset(VisionDataset):
         super().__init__(root, transform=transform, target_transform=target_transform)
         self.revision: str | None = None
         if _is_repository(root):
-            repository = find_repository(str(root), revision)
+            try:
+                repository = find_repository(str(root), revision)
+            except NotOnTheHub as error:
+                raise NotOnTheHub(f"{root!r} is no folder here; {error}") from error
             config = _choose(repository.configs, config, str(root))
             self.folder, self.revision = repository.fetch(config), repository.revision
         else:

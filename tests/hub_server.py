@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,6 +49,7 @@ class Fault:
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
     after: bool = False  # the work is done, and the answer lost
+    delay: float = 0.0  # seconds; then the answer comes
 
 
 class Hub(ThreadingHTTPServer):
@@ -102,7 +104,9 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.log.append(f"{self.command} {unquote(self.url.path)}")
         fault = self._fault()
-        if fault and not fault.after:
+        if fault and fault.delay:
+            time.sleep(fault.delay)
+        elif fault and not fault.after:
             self._fail(fault)
             return
         try:

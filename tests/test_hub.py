@@ -231,6 +231,7 @@ FAULTS = {
     "cut off for ever": ("POST", "/commit/", None, 9, f"did not do its part .*: try again later; {WHOLE}"),
     "bad card": ("POST", "/validate-yaml", 400, 9, f"refuses: .*; {WHOLE}"),
     "read back after an error": ("GET", "/resolve/", 500, 1, None),
+    "too slow": ("GET", "/resolve/", "slow", 2, None),
 }
 
 
@@ -242,14 +243,16 @@ def test_every_fault_is_got_over_or_told_in_a_sentence(hub, client, made):
             {
                 "method": method,
                 "path": path,
-                "status": status,
+                "status": None if status == "slow" else status,
+                "delay": 5 if status == "slow" else 0,
                 "times": times,
                 "headers": {"Retry-After": "600" if times > 1 else "1"} if status == 429 else {},
             },
         )
         for number, (name, (method, path, status, times, _)) in enumerate(FAULTS.items())
     }
-    said = client(f"""
+    said = client(
+        f"""
 import httpx2
 from d4m_plugin import DistilledDataset, InputError
 made, said = DistilledDataset({str(made.root)!r}), {{}}
@@ -261,7 +264,9 @@ for name, (repo, fault) in json.loads({json.dumps(cases)!r}).items():
     except InputError as error:
         said[name] = str(error)
 print(json.dumps(said))
-""")
+""",
+        HF_HUB_DOWNLOAD_TIMEOUT="2",
+    )
     for name, (*_, expected) in FAULTS.items():
         if expected is None:
             assert said[name] is None, name
