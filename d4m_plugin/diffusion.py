@@ -4,12 +4,14 @@
 `scaling_factor` (after its `shift_factor`, where it has one): what diffusers' pipelines denoise.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d4m_plugin.devices import autocast, compute_dtype, default_device
 from d4m_plugin.errors import InputError
@@ -18,13 +20,10 @@ ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("digits", "cifar10")
 LICENSE = "apache-2.0"  # of the embedded ones
 
-# What `encode_prompt` of SD and SDXL returns, in order, by the names under which `__call__` takes it.
-PROMPT_TENSORS = (
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-)
+# What `encode_prompt` returns, in order, by the names under which `__call__` takes it: of SD, SDXL and SD3, whose
+# guidance makes a second pass, and of FLUX, which was trained to need none.
+GUIDED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+UNGUIDED = ("prompt_embeds", "pooled_prompt_embeds")
 
 
 class LatentDiffusion:
@@ -34,11 +33,13 @@ class LatentDiffusion:
         model: `digits` or `cifar10` (embedded), a folder, or a Hub id, as stable-diffusion-v1-5/stable-diffusion-v1-5.
         revision: branch, tag or commit of a Hub id.
         scheduler: name of a diffusers scheduler class, such as DDIMScheduler; the model's own by default.
+        scheduler_options: of the scheduler, in place of the model's own.
+        vae: a folder or Hub id of a VAE of the same latents, such as a tiny one, in place of the model's own.
         device: where to compute; an accelerator where there is one by default.
         dtype: what the passes run in; by default half precision where the device is fast in it.
 
     Raises:
-        InputError: where there is no such model or scheduler.
+        InputError: where there is no such model, scheduler or VAE.
     """
 
     def __init__(
@@ -46,21 +47,51 @@ class LatentDiffusion:
         model: str,
         revision: str | None = None,
         scheduler: str | None = None,
+        scheduler_options: dict[str, Any] | None = None,
+        vae: str | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.device = device or default_device()
         self.dtype = dtype or compute_dtype(self.device)
-        self.pipeline = _load_pipeline(model, revision, self.device, self.dtype)
-        if scheduler is not None:
-            self.pipeline.scheduler = _scheduler_class(scheduler).from_config(self.pipeline.scheduler.config)
+        self.pipeline = _load_pipeline(model, revision, vae, self.device, self.dtype)
+        if scheduler is not None or scheduler_options:
+            self.pipeline.scheduler = _make_scheduler(self.pipeline.scheduler, scheduler, scheduler_options or {})
         self._encoded: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     @property
     def resolution(self) -> int:
         """Edge in pixels of the images that the model was trained on."""
         denoiser = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
-        return int(denoiser.config.sample_size * self.pipeline.vae_scale_factor)
+        edge = denoiser.config.get("sample_size") or self.pipeline.default_sample_size
+        return int(edge * self.pipeline.vae_scale_factor)
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Compute in float32 for a while, with weights in it."""
+        kept = {name: part.dtype for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        dtype, self.dtype, self._encoded = self.dtype, torch.float32, {}
+        self.pipeline.to(torch.float32)
+        try:
+            yield
+        finally:
+            self.dtype, self._encoded = dtype, {}
+            for name, weights in kept.items():
+                self.pipeline.components[name].to(weights)
+
+    @property
+    def _vae_autocast(self) -> torch.autocast:
+        whole = self.dtype == torch.float16 and self.pipeline.vae.dtype == torch.float32  # as some have to be
+        return autocast(self.device, torch.float32 if whole else self.dtype)
+
+    def _shift_and_scale(self) -> tuple[Any, Any]:
+        """Return what is taken from the VAE's output, and what the rest is multiplied by."""
+        config = self.pipeline.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:  # by channel
+            mean, std = (torch.tensor(each, device=self.device).view(1, -1, 1, 1) for each in (mean, std))
+            return mean, config.scaling_factor / std
+        return config.get("shift_factor") or 0.0, config.scaling_factor
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -70,10 +101,12 @@ class LatentDiffusion:
             pixels: uint8, shape (B, 3, H, W), H and W multiples of the VAE's downsampling.
         """
         vae = self.pipeline.vae
-        with autocast(self.device, self.dtype):
-            posterior = vae.encode((pixels.to(self.device) / 127.5 - 1).to(vae.dtype)).latent_dist
-        shift = vae.config.get("shift_factor") or 0.0
-        latents: Tensor = (posterior.mean.float() - shift) * vae.config.scaling_factor
+        with self._vae_autocast:
+            encoded = vae.encode((pixels.to(self.device) / 127.5 - 1).to(vae.dtype))
+        # A tiny VAE gives latents and no distribution.
+        means = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
+        shift, scale = self._shift_and_scale()
+        latents: Tensor = (means.float() - shift) * scale
         return latents.cpu().contiguous()
 
     def cuts(self, prompt: str) -> bool:
@@ -85,15 +118,17 @@ class LatentDiffusion:
     @torch.inference_mode()
     def encode_prompt(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
         """Return what the pipeline's call takes in place of a prompt, each with a leading dimension of 1."""
+        takes = inspect.signature(self.pipeline.encode_prompt).parameters
+        options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in takes}  # the same prompt
+        names: tuple[str, ...] = UNGUIDED
+        if "do_classifier_free_guidance" in takes:
+            names = GUIDED
+            # None lets SDXL take its own empty prompt
+            options |= {"do_classifier_free_guidance": True, "negative_prompt": negative_prompt or None}
         with autocast(self.device, self.dtype):
-            tensors = self.pipeline.encode_prompt(
-                prompt=prompt,
-                device=self.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=True,
-                negative_prompt=negative_prompt or None,  # None lets SDXL take its own empty prompt
-            )
-        return dict(zip(PROMPT_TENSORS, tensors, strict=False))
+            tensors = self.pipeline.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1, **options)
+        known = inspect.signature(self.pipeline.__call__).parameters
+        return {name: tensor for name, tensor in zip(names, tensors, strict=False) if name in known}
 
     @torch.inference_mode()
     def denoise(
@@ -125,7 +160,12 @@ class LatentDiffusion:
         # Images come class by class: the last batch's prompts are all that is worth keeping.
         self._encoded = {key: self._encoded.get(key) or self.encode_prompt(*key) for key in dict.fromkeys(keys)}
         encoded = [self._encoded[key] for key in keys]
-        arguments = {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
+        arguments: dict[str, Any] = {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
+        edge = latents.shape[-1] * self.pipeline.vae_scale_factor
+        if (
+            "height" in inspect.signature(self.pipeline.__call__).parameters
+        ):  # of SD3 and FLUX, by which noise is shifted
+            arguments |= {"height": edge, "width": edge}
         self.pipeline.set_progress_bar_config(disable=True)
         with autocast(self.device, self.dtype):
             output = self.pipeline(
@@ -137,16 +177,18 @@ class LatentDiffusion:
                 output_type="latent",
                 **arguments,
             )
-        denoised: Tensor = output.images.float().cpu().contiguous()
-        return denoised
+        denoised: Tensor = output.images
+        if denoised.ndim == 3:  # FLUX's, packed as a sequence of squares of 2x2
+            denoised = self.pipeline._unpack_latents(denoised, edge, edge, self.pipeline.vae_scale_factor)
+        return denoised.float().cpu().contiguous()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, size: int | None = None) -> Tensor:
         """Return the pixels of latents, resized to (size, size) where `size` differs from the VAE's output."""
         vae = self.pipeline.vae
-        shift = vae.config.get("shift_factor") or 0.0
-        with autocast(self.device, self.dtype):
-            scaled = (latents.to(self.device) / vae.config.scaling_factor + shift).to(vae.dtype)
+        shift, scale = self._shift_and_scale()
+        with self._vae_autocast:
+            scaled = (latents.to(self.device) / scale + shift).to(vae.dtype)
             images = vae.decode(scaled).sample.float()
         if size is not None and images.shape[-1] != size:
             images = torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True)
@@ -154,7 +196,7 @@ class LatentDiffusion:
         return pixels.cpu().contiguous()
 
 
-def _load_pipeline(model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Any:
+def _load_pipeline(model: str, revision: str | None, vae: str | None, device: torch.device, dtype: torch.dtype) -> Any:
     path = find_model(model)
     import diffusers
     import transformers
@@ -173,7 +215,24 @@ def _load_pipeline(model: str, revision: str | None, device: torch.device, dtype
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"`diffusion` is {model!r}, which is no loadable image-to-image model: {reason}") from error
+    if vae is not None:
+        pipeline.vae = _load_vae(vae, pipeline.vae)
+    if dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
+        pipeline.vae.to(torch.float32)  # in float16 it overflows, as SDXL's does
     return pipeline.to(device)
+
+
+def _load_vae(name: str, own: Any) -> Any:
+    import diffusers
+
+    try:
+        vae = diffusers.AutoModel.from_pretrained(name, torch_dtype=own.dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"`vae` is {name!r}, which is no loadable VAE: {str(error).splitlines()[0]}") from error
+    theirs, ours = vae.config.get("latent_channels"), own.config.latent_channels
+    if theirs != ours:
+        raise InputError(f"`vae` is {name!r}, of {theirs} latent channels; the model's has {ours}.")
+    return vae
 
 
 def find_model(model: str) -> str:
@@ -196,10 +255,16 @@ def find_model(model: str) -> str:
     raise InputError(f"`diffusion` is {model!r}: no model of ours ({known}), no folder, and no Hub id (owner/name).")
 
 
-def _scheduler_class(name: str) -> Any:
+def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
     import diffusers
 
-    scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if scheduler is None:
-        raise InputError(f"`scheduler` is {name!r}; name a diffusers class such as DDIMScheduler or PNDMScheduler.")
-    return scheduler
+    kind: Any = type(own)
+    if name is not None:
+        kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+        if kind is None:
+            raise InputError(f"`scheduler` is {name!r}; name a diffusers class such as DDIMScheduler or PNDMScheduler.")
+    known = inspect.signature(kind.__init__).parameters
+    for option in options:
+        if option not in known:
+            raise InputError(f"`scheduler_options` has {option!r}, which {kind.__name__} does not take.")
+    return kind.from_config(own.config, **options)

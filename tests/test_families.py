@@ -1,0 +1,142 @@
+"""Every family of diffusion models: what we compute in batches is what its stock pipeline gives, image by image."""
+
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image
+
+from d4m_plugin import InputError, LatentDiffusion
+from d4m_plugin.seeding import generator_of
+from tests import families
+
+PROMPTS = ["a cat", "a dog", "a cat"]
+SCHEDULERS = [
+    "PNDMScheduler",
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "LCMScheduler",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = {}
+
+    def make(family):
+        if family not in made:
+            made[family] = families.save(family, tmp_path_factory.mktemp(family))
+        return str(made[family])
+
+    return make
+
+
+def by_the_stock_pipeline(folder, latents, scheduler=None, **options):
+    stock = AutoPipelineForImage2Image.from_pretrained(folder, safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
+    if scheduler:
+        stock.scheduler = LatentDiffusion(folder, scheduler=scheduler).pipeline.scheduler
+    if "flux" in type(stock).__name__.lower() or "3" in type(stock).__name__:
+        options |= {"height": 16, "width": 16}
+    return torch.cat(
+        [
+            stock(
+                prompt=prompt, image=start[None], generator=generator_of(1, index), output_type="pt", **options
+            ).images
+            for index, (prompt, start) in enumerate(zip(PROMPTS, latents, strict=True))
+        ]
+    )
+
+
+def in_batches(model, latents, **options):
+    generators = [generator_of(1, index) for index in range(len(PROMPTS))]
+    return model.decode(model.denoise(latents, PROMPTS, generators, **options)) / 255
+
+
+def starts(model):
+    channels = model.pipeline.vae.config.latent_channels
+    return torch.randn(len(PROMPTS), channels, 8, 8, generator=generator_of(0))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_batch_equals_the_stock_pipeline_called_once_an_image(folder, family, guidance_scale):
+    model = LatentDiffusion(folder(family), dtype=torch.float32)
+    options = {"guidance_scale": guidance_scale, "num_inference_steps": 4, "strength": 0.75}
+    expected = by_the_stock_pipeline(folder(family), starts(model), **options)
+    assert (in_batches(model, starts(model), **options) - expected).abs().max() < 1.01 / 255
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_with_every_scheduler_too(folder, family, scheduler):
+    model = LatentDiffusion(folder(family), scheduler=scheduler, dtype=torch.float32)
+    options = {"guidance_scale": 5.0, "num_inference_steps": 6, "strength": 0.7}
+    expected = by_the_stock_pipeline(folder(family), starts(model), scheduler, **options)
+    assert (in_batches(model, starts(model), **options) - expected).abs().max() < 1.01 / 255
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_latents_are_those_that_the_pipeline_makes_of_an_image(folder, family):
+    """At the least strength the stock pipeline's start is its own encoding of the pixels, and nearly no noise."""
+    model = LatentDiffusion(folder(family), dtype=torch.float32)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=generator_of(2))
+    vae = model.pipeline.vae
+    with torch.no_grad():
+        mean = vae.encode(pixels / 127.5 - 1).latent_dist.mean
+    expected = (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    torch.testing.assert_close(model.encode(pixels), expected)
+    with torch.no_grad():
+        back = vae.decode(mean).sample
+    torch.testing.assert_close(
+        model.decode(model.encode(pixels)).float(), ((back + 1) * 127.5).clamp(0, 255), atol=0.51, rtol=0
+    )
+
+
+def test_an_sdxl_vae_may_have_a_mean_and_a_deviation_by_channel(folder):
+    model = LatentDiffusion(folder("sdxl"), dtype=torch.float32)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=generator_of(2))
+    plain, back = model.encode(pixels), model.decode(model.encode(pixels))
+    mean, std = [0.1, 0.2, -0.3, 0.0], [1.0, 2.0, 0.5, 4.0]
+    model.pipeline.vae.register_to_config(latents_mean=mean, latents_std=std)
+    scale = model.pipeline.vae.config.scaling_factor
+    by_channel = [torch.tensor(each).view(1, 4, 1, 1) for each in (mean, std)]
+    torch.testing.assert_close(model.encode(pixels), (plain / scale - by_channel[0]) * scale / by_channel[1])
+    assert (model.decode(model.encode(pixels)).int() - back.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_resolution_is_the_models(folder, family):
+    expected = 256 if family == "flux" else 16  # of FLUX, the pipeline's: 128 latents
+    assert LatentDiffusion(folder(family)).resolution == expected
+
+
+def test_a_schedulers_options_are_taken_or_refused(folder):
+    chosen = LatentDiffusion(
+        folder("sd"), scheduler="DPMSolverMultistepScheduler", scheduler_options={"use_karras_sigmas": True}
+    )
+    assert chosen.pipeline.scheduler.config.use_karras_sigmas
+    with pytest.raises(InputError, match="`scheduler_options` has 'karras', which DDIMScheduler does not take"):
+        LatentDiffusion(folder("sd"), scheduler_options={"karras": True})
+
+
+def test_a_vae_of_the_same_latents_may_take_the_models_place(folder, tmp_path):
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(16, 16),
+        decoder_block_out_channels=(16, 16),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    tiny.save_pretrained(tmp_path / "tiny")
+    model = LatentDiffusion(folder("sd"), vae=str(tmp_path / "tiny"), dtype=torch.float32)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=generator_of(2))
+    with torch.no_grad():
+        expected = tiny.encode(pixels / 127.5 - 1).latents * tiny.config.scaling_factor
+    torch.testing.assert_close(model.encode(pixels), expected)
+    assert model.decode(model.encode(pixels)).shape == pixels.shape
+    with pytest.raises(InputError, match=r"`vae` is .*, of 4 latent channels; the model's has 16"):
+        LatentDiffusion(folder("sd3"), vae=str(tmp_path / "tiny"))
+    with pytest.raises(InputError, match="`vae` is '/nowhere', which is no loadable VAE"):
+        LatentDiffusion(folder("sd"), vae="/nowhere")
