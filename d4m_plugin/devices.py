@@ -1,8 +1,47 @@
 """Which device and precision to compute in, where the user has not said."""
 
-from typing import Literal
+import math
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
+
+from d4m_plugin.errors import InputError
+
+T = TypeVar("T")
+
+
+class Batches:
+    """Work on many items, as many at once as memory holds.
+
+    Args:
+        size: items at once; halved for good where the device's memory runs out.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def run(self, work: Callable[[slice], T], count: int) -> list[T]:
+        """Return what `work` gives of each batch of `count` items.
+
+        Raises:
+            InputError: where memory runs out with one item.
+        """
+        done: list[T] = []
+        start = 0
+        while start < count:
+            batch = slice(start, min(start + self.size, count))
+            try:
+                done.append(work(batch))
+            except torch.OutOfMemoryError as error:
+                if self.size == 1:
+                    raise InputError(
+                        "the device's memory does not hold one image; use a smaller model or `resolution`."
+                    ) from error
+                self.size = math.ceil(min(self.size, count) / 2)
+                continue
+            start = batch.stop
+        return done
 
 
 def default_device() -> torch.device:

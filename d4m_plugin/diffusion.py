@@ -121,6 +121,9 @@ class LatentDiffusion:
         takes = inspect.signature(self.pipeline.encode_prompt).parameters
         options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in takes}  # the same prompt
         names: tuple[str, ...] = UNGUIDED
+        if negative_prompt and "negative_prompt" not in takes:
+            kind = type(self.pipeline).__name__
+            raise InputError(f"`negative_prompt` is {negative_prompt!r}, but {kind} takes none; leave it out.")
         if "do_classifier_free_guidance" in takes:
             names = GUIDED
             # None lets SDXL take its own empty prompt

@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 
 from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
 from d4m_plugin.card import write_card
-from d4m_plugin.diffusion import EMBEDDED, LICENSE, LatentDiffusion, find_model
+from d4m_plugin.devices import Batches
+from d4m_plugin.diffusion import ASSETS, EMBEDDED, LICENSE, LatentDiffusion
 from d4m_plugin.distilled import FORMAT, DistilledDataset, checksums, write_parquet
 from d4m_plugin.encoding import encode, read_or_encode
 from d4m_plugin.errors import InputError, InputWarning
@@ -119,12 +120,13 @@ def distill(
 def set_fingerprint(source: Source, recipe: ResolvedRecipe) -> str:
     """Return twelve hexadecimal digits that name a source, a recipe, and the weights of a model in a folder."""
     decides = [FORMAT, source.fingerprint, list(source.classes), dataclasses.asdict(recipe)]
-    return _digest([json.dumps(decides), _model_digest(recipe.diffusion)])[:12]
+    models = [_model_digest(model) for model in (recipe.diffusion, recipe.vae) if model]
+    return _digest([json.dumps(decides), *models])[:12]
 
 
 def _model_digest(model: str) -> str:
     """Return a hash of the files of a model in a folder, "" for one on the Hub, whose revision names it."""
-    folder = Path(find_model(model))
+    folder = ASSETS / model if model in EMBEDDED else Path(model)
     if not folder.is_dir():
         return ""
     parts = []
@@ -159,7 +161,9 @@ def _distil_into(
     """Leave the finished set in `work / "set"`."""
     started = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
-    model = LatentDiffusion(recipe.diffusion, recipe.diffusion_revision, recipe.scheduler)
+    model = LatentDiffusion(
+        recipe.diffusion, recipe.diffusion_revision, recipe.scheduler, recipe.scheduler_options, recipe.vae
+    )
     resolution = recipe.resolution or model.resolution
     prompts = recipe.prompts(source.classes)
     _warn_of_cut_prompts(model, prompts)
@@ -170,6 +174,7 @@ def _distil_into(
     if not isinstance(source, WithoutBadImages):
         check_images(images, f"training images of {source.name}", fingerprint_of_images, cache, num_workers)
     weights = [_model_digest(recipe.diffusion) or recipe.diffusion, str(recipe.diffusion_revision), str(model.dtype)]
+    weights.append(_model_digest(recipe.vae) or recipe.vae if recipe.vae else "")
     decides = [str(FORMAT), fingerprint_of_images, *weights, str(resolution), recipe.resize]
     kept = cache / "latents" / f"{source.name}-{_digest(decides)[:12]}"
     screened = time.perf_counter()
@@ -231,13 +236,14 @@ def make_images(
     """Write the distilled images to `work` in blocks; skip blocks that are there."""
     wanted = [(label, index) for label in range(len(prompts)) for index in range(recipe.ipc)]
     blocks = [wanted[start : start + BLOCK] for start in range(0, len(wanted), BLOCK)]
+    batches = Batches(batch_size)
     todo = [number for number in range(len(blocks)) if not _block_file(work, number).exists()]
     left = sum(len(blocks[number]) for number in todo)
     with _progress("Synthesising", len(wanted), done=len(wanted) - left) as progress:
         for number in todo:
             block = blocks[number]
             prototypes = {label: load_prototypes(work, label) for label in {label for label, _ in block}}
-            columns = synthesise(block, prototypes, prompts, recipe, model, batch_size)
+            columns = synthesise(block, prototypes, prompts, recipe, model, batches)
             with written_whole(_block_file(work, number)) as path:
                 save_file(columns, path)
             progress.update(len(block))
@@ -249,7 +255,7 @@ def synthesise(
     prompts: Sequence[str],
     recipe: ResolvedRecipe,
     model: LatentDiffusion,
-    batch_size: int = BLOCK,
+    batches: Batches | None = None,
 ) -> dict[str, Tensor]:
     """Return distilled images: each prototype noised to `strength` and denoised under its class's prompt.
 
@@ -262,34 +268,52 @@ def synthesise(
         prompts: the prompt of each class.
         recipe: strength, guidance and the rest.
         model: what denoises and decodes.
-        batch_size: images a pass.
+        batches: how many images a pass.
 
     Returns:
         Columns of len(wanted) rows: `image` (uint8, shape (n, 3, H, W)), `label`, `prototype`, `weight`, `seed`.
+
+    Warns:
+        InputWarning: where an image is of one colour, and is again when made in float32.
     """
     indices = [j % len(prototypes[c].latents) for c, j in wanted]
     starts = torch.stack([prototypes[c].latents[k] for (c, _), k in zip(wanted, indices, strict=True)])
-    texts = [prompts[c] for c, _ in wanted]
-    images = []
-    for start in range(0, len(wanted), batch_size):
-        batch = slice(start, start + batch_size)
+
+    def make(chosen: Sequence[int]) -> Tensor:
         latents = model.denoise(
-            starts[batch],
-            texts[batch],
-            [generator_of(recipe.seed, c, j) for c, j in wanted[batch]],
+            starts[chosen],
+            [prompts[wanted[n][0]] for n in chosen],
+            [generator_of(recipe.seed, *wanted[n]) for n in chosen],
             negative_prompt=recipe.negative_prompt,
             strength=recipe.strength,
             guidance_scale=recipe.guidance_scale,
             num_inference_steps=recipe.num_inference_steps,
         )
-        images.append(model.decode(latents, recipe.image_size))
+        return model.decode(latents, recipe.image_size)
+
+    batches, everything = batches or Batches(BLOCK), list(range(len(wanted)))
+    images = torch.cat(batches.run(lambda batch: make(everything[batch]), len(wanted)))
+    blank = _of_one_colour(images)
+    if blank:  # not a number somewhere, most often
+        with model.full_precision():
+            images[blank] = torch.cat(batches.run(lambda batch: make(blank[batch]), len(blank)))
+        if still := _of_one_colour(images):
+            named = ", ".join(sorted({repr(prompts[wanted[n][0]]) for n in still}))
+            sentence = f"{len(still)} images are of one colour, in float32 too, of {named}; look at the preview."
+            warnings.warn(sentence, InputWarning, stacklevel=2)
     return {
-        "image": torch.cat(images),
+        "image": images,
         "label": torch.tensor([c for c, _ in wanted]),
         "prototype": torch.tensor(indices),
         "weight": torch.stack([prototypes[c].weights[k] for (c, _), k in zip(wanted, indices, strict=True)]),
         "seed": torch.tensor([seed_of(recipe.seed, c, j) for c, j in wanted]),
     }
+
+
+def _of_one_colour(images: Tensor) -> list[int]:
+    """Return which of some images have no two different pixels."""
+    pixels = images.flatten(2)
+    return (pixels.amax(2) == pixels.amin(2)).all(1).nonzero().flatten().tolist()
 
 
 def load_prototypes(work: Path, label: int) -> Prototypes:
@@ -336,7 +360,8 @@ def _assemble(
     metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint,
-        "recipe": dataclasses.asdict(recipe) | {"diffusion": without_folders(recipe.diffusion)},
+        "recipe": dataclasses.asdict(recipe)
+        | {"diffusion": without_folders(recipe.diffusion), "vae": without_folders(recipe.vae)},
         "source": _described(source),
         "model": _described_model(recipe),
         "fewer_prototypes": fewer,

@@ -1,6 +1,7 @@
 """The latents of the real images, class by class, kept for further sets where asked (D4M, section 3.2)."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from d4m_plugin.cache import written_whole
+from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.sources import LabelledImages
 from d4m_plugin.sources.images import Resize, to_pixels
@@ -43,13 +45,18 @@ def encode(
     sampler = [batch for _, batch in batches]
     loader = DataLoader(_Pixels(images, resolution, resize), batch_sampler=sampler, num_workers=num_workers)
     latents: list[Tensor] = []
+    at_once = Batches(batch_size)
     for position, (pixels, (label, _)) in enumerate(zip(loader, batches, strict=True)):
-        latents.append(model.encode(pixels))
+        latents += at_once.run(partial(_encode_part, model, pixels), len(pixels))
         if progress is not None:
             progress.update(len(pixels))
         if position + 1 == len(batches) or batches[position + 1][0] != label:
             whole, latents = torch.cat(latents), []  # one copy in memory while the caller works
             yield label, whole
+
+
+def _encode_part(model: LatentDiffusion, pixels: Tensor, part: slice) -> Tensor:
+    return model.encode(pixels[part])
 
 
 def read_or_encode(

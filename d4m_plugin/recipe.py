@@ -27,7 +27,10 @@ class Recipe:
         strength: share of the noise schedule that a prototype is noised to, in (0, 1].
         guidance_scale: weight of classifier-free guidance, at least 0; 1 or less turns it off.
         num_inference_steps: steps of the whole schedule, of which int(steps · strength) are made.
+        vae: a folder or Hub id of a VAE for the same latents in place of the model's, such as a tiny one
+            (`madebyollin/taesd`), which encodes many times faster and less faithfully.
         scheduler: a diffusers scheduler class, such as PNDMScheduler; the model's own by default.
+        scheduler_options: of the scheduler, such as `use_karras_sigmas: true`.
         prompt: what the model is told, with `{name}` for the class name.
         class_names: what the prompt says for a class in place of its name: a mapping from names or label numbers, or
             a YAML or JSON file of one.
@@ -50,7 +53,9 @@ class Recipe:
     strength: float = 0.7
     guidance_scale: float = 8.0
     num_inference_steps: int = 50
+    vae: str | None = None
     scheduler: str | None = None
+    scheduler_options: dict[str, Any] | None = None
     prompt: str = "{name}"
     class_names: dict[str, str] | str | None = None
     negative_prompt: str = ""

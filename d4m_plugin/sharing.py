@@ -87,7 +87,7 @@ def _differences(found: DistilledDataset, source: Source, recipe: Recipe, exact:
     if found.classes != list(source.classes):
         differs.append(f"the classes {_listed(found.classes)} (asked for: {_listed(list(source.classes))})")
     asked = dataclasses.asdict(recipe.resolved(source))
-    asked["diffusion"] = without_folders(asked["diffusion"])
+    asked |= {name: without_folders(asked[name]) for name in ("diffusion", "vae")}
     for field in dataclasses.fields(Recipe):
         told = exact or getattr(recipe, field.name) != field.default
         if told and found.recipe[field.name] != asked[field.name]:

@@ -14,9 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import d4m_plugin.distillation as distillation
-from d4m_plugin import DistilledDataset, InputError, Recipe, distill
+from d4m_plugin import DistilledDataset, InputError, LatentDiffusion, Recipe, distill
+from d4m_plugin.devices import Batches
+from d4m_plugin.distillation import synthesise
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.preview import grid
+from d4m_plugin.prototypes import Prototypes
+from d4m_plugin.seeding import generator_of
 from d4m_plugin.subsets import Chosen
 from tests import toys
 from tests.toys import Squares
@@ -405,3 +409,58 @@ class TestDistilledDataset:
         (dataset.folder / "d4m.json").write_text('{"format": 99}')
         with pytest.raises(InputError, match="is of format 99, not 2"):
             DistilledDataset(dataset.root)
+
+
+def test_where_memory_runs_out_batches_are_halved_and_the_set_is_the_same(squares, tmp_path, monkeypatch):
+    whole = distill(squares, RECIPE, output=tmp_path / "whole", batch_size=2)
+    sizes = []
+    for name in ("encode", "denoise"):
+        real = getattr(LatentDiffusion, name)
+
+        def small(self, items, *rest, real=real, **options):
+            sizes.append(len(items))
+            if len(items) > 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return real(self, items, *rest, **options)
+
+        monkeypatch.setattr(LatentDiffusion, name, small)
+    halved = distill(squares, RECIPE, output=tmp_path / "halved")
+    assert sizes == [6, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 12, 6, 3, 2, 2, 2, 2, 2, 2]
+    assert torch.equal(halved.images, whole.images)
+    assert halved.targets == whole.targets
+
+
+def test_memory_for_not_even_one_image_is_told():
+    def work(batch):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(InputError, match="does not hold one image"):
+        Batches(8).run(work, 3)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_an_image_of_one_colour_is_made_again_in_float32(squares, random_model, monkeypatch, always):
+    """As one with numbers that are none comes out of the VAE."""
+    recipe = Recipe(ipc=4, num_inference_steps=2).resolved(squares)
+    points = torch.randn(2, 4, 8, 8, generator=generator_of(0))
+    prototypes = {label: Prototypes(points, torch.tensor([0.5, 0.5])) for label in range(3)}
+    wanted = [(0, 0), (1, 0), (1, 1)]
+    expected = synthesise(wanted, prototypes, list(squares.classes), recipe, random_model)["image"]
+    precise, decode = [], LatentDiffusion.decode
+
+    def blank_at_first(self, latents, size=None):
+        images = decode(self, latents, size).clone()
+        if len(images) == 3 or always:
+            images[min(1, len(images) - 1)] = 0
+        else:
+            precise.append(self.dtype)
+        return images
+
+    monkeypatch.setattr(LatentDiffusion, "decode", blank_at_first)
+    if always:
+        with pytest.warns(InputWarning, match="1 images are of one colour, in float32 too, of 'green / blue'"):
+            synthesise(wanted, prototypes, list(squares.classes), recipe, random_model)
+        return
+    images = synthesise(wanted, prototypes, list(squares.classes), recipe, random_model)["image"]
+    assert precise == [torch.float32]
+    assert (images.int() - expected.int()).abs().max() <= 1

@@ -77,7 +77,7 @@ def test_with_every_scheduler_too(folder, family, scheduler):
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_latents_are_those_that_the_pipeline_makes_of_an_image(folder, family):
-    """At the least strength the stock pipeline's start is its own encoding of the pixels, and nearly no noise."""
+    """With the shift and scale of its VAE's configuration."""
     model = LatentDiffusion(folder(family), dtype=torch.float32)
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=generator_of(2))
     vae = model.pipeline.vae
@@ -140,3 +140,9 @@ def test_a_vae_of_the_same_latents_may_take_the_models_place(folder, tmp_path):
         LatentDiffusion(folder("sd3"), vae=str(tmp_path / "tiny"))
     with pytest.raises(InputError, match="`vae` is '/nowhere', which is no loadable VAE"):
         LatentDiffusion(folder("sd"), vae="/nowhere")
+
+
+def test_a_negative_prompt_that_a_model_does_not_take_is_refused(folder):
+    model = LatentDiffusion(folder("flux"))
+    with pytest.raises(InputError, match="`negative_prompt` is 'blur', but FluxImg2ImgPipeline takes none"):
+        model.encode_prompt("a cat", "blur")
