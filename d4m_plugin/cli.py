@@ -20,6 +20,7 @@ LIGHTNING_COMMANDS = {
     "predict": "label the real test images with a checkpoint",
 }
 FUNCTION_COMMANDS = {
+    "preview": "draw a few images as a recipe would make them",
     "distill": "distil a dataset alone",
     "relabel": "store a teacher's logits with a distilled set",
     "push": "upload a distilled set to the Hugging Face Hub",
@@ -160,35 +161,17 @@ def _source_names() -> list[str]:
 def _call(command: str, args: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
-    from d4m_plugin.distillation import distill_command
-    from d4m_plugin.pretraining import pretrain
-    from d4m_plugin.relabelling import relabel
-    from d4m_plugin.sharing import push_set
+    from d4m_plugin.commands import ABOUT_A_SET, FUNCTIONS, rows_of
 
     class Parser(OneSentenceErrors, ArgumentParser):
         """jsonargparse's, with our errors."""
 
-    functions: dict[str, Callable[..., Any]] = {
-        "distill": distill_command,
-        "relabel": relabel,
-        "push": push_set,
-        "pretrain": pretrain,
-    }
     parser = Parser(prog=f"d4m {command}", description=FUNCTION_COMMANDS[command])
     parser.add_argument("--config", action="config", help="a YAML file of the options")
-    parser.add_function_arguments(functions[command], as_positional=command in ("relabel", "push"))
+    parser.add_function_arguments(FUNCTIONS[command], as_positional=command in ABOUT_A_SET)
     options = vars(parser.instantiate(parser.parse_args(args)))
     options.pop("config")
-    made = functions[command](**options)
-    if command == "push":
-        rows = made
-    elif command == "pretrain":
-        rows = {"pipeline": made}
-    else:
-        rows = {"distilled set": made.root, "preview": made.preview}
-    if command == "relabel":
-        rows["teacher"] = "{teacher}: {tried}".format(**made.metadata["labels"])
-    print(table(rows))
+    print(table(rows_of(FUNCTIONS[command](**options))))
 
 
 def _lightning_cli() -> None:

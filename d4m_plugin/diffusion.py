@@ -66,6 +66,17 @@ class LatentDiffusion:
         edge = denoiser.config.get("sample_size") or self.pipeline.default_sample_size
         return int(edge * self.pipeline.vae_scale_factor)
 
+    @property
+    def guides_by_a_second_pass(self) -> bool:
+        """Whether a step under guidance is two passes; models distilled from guidance know it from one."""
+        unet = getattr(self.pipeline, "unet", None)
+        takes = inspect.signature(self.pipeline.__call__).parameters
+        return (
+            "negative_prompt_embeds" in takes
+            and "true_cfg_scale" not in takes
+            and not (unet and unet.config.time_cond_proj_dim)
+        )
+
     @contextmanager
     def full_precision(self) -> Iterator[None]:
         """Compute in float32 for a while, with weights in it."""

@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -40,7 +41,7 @@ from d4m_plugin.prototypes import Prototypes, cluster
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.screening import WithoutBadImages, check_images
 from d4m_plugin.seeding import generator_of, seed_of
-from d4m_plugin.sources import Digits, Source
+from d4m_plugin.sources import Source
 from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import at_most
 
@@ -161,9 +162,7 @@ def _distil_into(
     """Leave the finished set in `work / "set"`."""
     started = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
-    model = LatentDiffusion(
-        recipe.diffusion, recipe.diffusion_revision, recipe.scheduler, recipe.scheduler_options, recipe.vae
-    )
+    model = open_model(recipe)
     resolution = recipe.resolution or model.resolution
     prompts = recipe.prompts(source.classes)
     _warn_of_cut_prompts(model, prompts)
@@ -181,6 +180,7 @@ def _distil_into(
     counts = {label: len(members) for label, members in members_by_label(images.targets).items()}
     todo = [label for label in counts if not _class_file(work, label).exists()]
     left = sum(counts[label] for label in todo)
+    _say_what_is_to_be_done(left, len(prompts) * recipe.ipc, recipe)
     with _progress("Encoding", len(images), done=len(images) - left) as progress:
         options = (model, resolution, recipe.resize, batch_size, num_workers, progress)
         latents = read_or_encode(todo, kept, keep_latents, lambda labels: encode(images, labels, *options), progress)
@@ -194,6 +194,18 @@ def _distil_into(
         "synthesise": synthesised - clustered,
     }
     _assemble(work, fingerprint, source, recipe, model, seconds)
+
+
+def _say_what_is_to_be_done(encode: int, make: int, recipe: ResolvedRecipe) -> None:
+    steps = int(recipe.num_inference_steps * recipe.strength)
+    tqdm.write(f"{encode:,} images to encode; {make:,} to make, of {steps} steps each.", file=sys.stderr)
+
+
+def open_model(recipe: ResolvedRecipe) -> LatentDiffusion:
+    """Return the model that a recipe names."""
+    return LatentDiffusion(
+        recipe.diffusion, recipe.diffusion_revision, recipe.scheduler, recipe.scheduler_options, recipe.vae
+    )
 
 
 def _warn_of_cut_prompts(model: LatentDiffusion, prompts: list[str]) -> None:
@@ -423,37 +435,3 @@ def _block_file(work: Path, number: int) -> Path:
 
 def _progress(stage: str, total: int, done: int) -> "tqdm[Any]":
     return tqdm(total=total, initial=done, desc=stage, unit=" images", dynamic_ncols=True)
-
-
-def distill_command(
-    output: Path | None = None,
-    source: Source | None = None,
-    batch_size: int = BLOCK,
-    num_workers: int = 0,
-    cache_dir: Path | None = None,
-    skip_bad_images: bool = False,
-    keep_latents: bool = False,
-    **recipe: Any,
-) -> DistilledDataset:
-    """Distil a source: `distill` with the recipe's options one by one.
-
-    Args:
-        output: the folder to make; by default one in the cache, named after source and recipe.
-        source: the real images; scikit-learn's digits by default.
-        batch_size: images that the model takes at once; memory and speed, not the set, depend on it.
-        num_workers: processes that read real images.
-        cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
-        skip_bad_images: leave out images that cannot be read, and record which; by default they stop the work.
-        keep_latents: keep what the VAE made of the real images in the cache, for other sets of the same source.
-        recipe: options of the Recipe.
-    """
-    return distill(
-        source or Digits(),
-        Recipe(**recipe),
-        output=output,
-        cache_dir=cache_dir,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        skip_bad_images=skip_bad_images,
-        keep_latents=keep_latents,
-    )

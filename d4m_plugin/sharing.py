@@ -2,8 +2,6 @@
 
 import dataclasses
 import warnings
-from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -114,43 +112,3 @@ def _others(source: Source, hub_id: str, config_name: str | None, revision: str 
             f"({_listed(list(source.classes))}); name the `source` that it was distilled from."
         )
     return OthersSet(images.train(), label_of)
-
-
-def push_set(
-    folder: Path,
-    hub_id: str,
-    config_name: str | None = None,
-    private: bool = False,
-    tag: str | None = None,
-    source_license: str | None = None,
-    model_license: str | None = None,
-) -> dict[str, Any]:
-    """Upload a distilled set to the Hugging Face Hub, in one commit, and read it back.
-
-    Other sets and other people's text in the repository stay.
-
-    Args:
-        folder: the set's.
-        hub_id: the dataset repository, as user/name; made where it is not there.
-        config_name: which of several sets in the folder.
-        private: make it a private repository.
-        tag: a name for the commit, such as `v1`.
-        source_license: of the real images, by the Hub's name for it, where the set does not know it.
-        model_license: of the diffusion model, likewise.
-
-    Returns:
-        What to tell the user.
-
-    Raises:
-        InputError: where the folder is no distilled set, or the Hub refuses; the set stays as it is.
-    """
-    from huggingface_hub import constants
-
-    dataset = DistilledDataset(folder.resolve(), config_name)
-    licenses = {"source_license": source_license, "model_license": model_license}
-    commit = dataset.push_to_hub(hub_id, private=private, tag=tag, **licenses)
-    return {
-        "pushed to": f"{constants.ENDPOINT}/datasets/{hub_id}",
-        "revision": commit,
-        "by anyone": f'load_dataset("{hub_id}", "{dataset.folder.name}", split="train")',
-    }

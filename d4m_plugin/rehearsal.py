@@ -1,0 +1,168 @@
+"""Before the long run: what it will take on this machine, and what it will look like."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from d4m_plugin.devices import Batches
+from d4m_plugin.diffusion import LatentDiffusion
+from d4m_plugin.distillation import BLOCK, open_model, synthesise
+from d4m_plugin.encoding import encode
+from d4m_plugin.errors import InputError
+from d4m_plugin.preview import grid
+from d4m_plugin.prototypes import cluster
+from d4m_plugin.recipe import Recipe, ResolvedRecipe
+from d4m_plugin.seeding import generator_of, seed_of
+from d4m_plugin.sources import Digits, Source
+from d4m_plugin.subsets import Chosen, at_most
+
+PNG_SHARE = 0.6  # of a photograph's pixels, what a PNG of them takes
+PROBES = 4  # batches that are encoded to measure it, of which the fastest counts
+
+
+def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK) -> dict[str, Any]:
+    """Return what a distilling takes: what is to be done, counted, and the time, from a short probe of each stage.
+
+    Args:
+        source: the real images, of which a few batches are read and encoded.
+        recipe: what to make.
+        batch_size: images that the model takes at once.
+
+    Returns:
+        Names of the table's rows, in order, and their values.
+    """
+    resolved = recipe.resolved(source)
+    model = open_model(resolved)
+    resolution = resolved.resolution or model.resolution
+    images = source.train()
+    if resolved.max_images_per_class is not None:
+        images = at_most(images, resolved.max_images_per_class, resolved.seed)
+    to_make = resolved.ipc * len(source.classes)
+    steps = int(resolved.num_inference_steps * resolved.strength)
+    passes = 2 if resolved.guidance_scale > 1 and model.guides_by_a_second_pass else 1
+
+    def encoded(chosen: Tensor) -> Tensor:
+        probe = Chosen(images, chosen)
+        probe.targets = np.zeros(len(chosen), int)  # as of one class, so that batches are as full as in a long run
+        ((_, latents),) = encode(probe, [0], model, resolution, resolved.resize, batch_size)
+        return latents
+
+    probes = torch.arange(min(len(images), PROBES * batch_size)).split(batch_size)
+    latents = encoded(probes[0])  # the first of all is slow
+    encoding = min(_seconds(partial(encoded, probe)) / len(probe) for probe in probes)
+    at_once = min(batch_size, to_make)
+    step, once = _denoising(model, latents[:1].expand(at_once, *latents.shape[1:]), source.classes[0], resolved)
+    pixels = to_make * resolved.image_size**2 * 3
+    prototypes = len(source.classes) * resolved.prototypes * latents[0].numel() * 4
+    parts = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
+    weights = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.parameters())
+    encode_all, make_all = len(images) * encoding, to_make * (steps * step + once)
+    return {
+        "images to encode": f"{len(images):,}, at {resolution} pixels",
+        "images to make": f"{to_make:,}, {resolved.ipc} of each of {len(source.classes):,} classes",
+        "passes of the model": f"{to_make * steps * passes:,}: {steps} steps an image, {passes} a step",
+        "on disk": f"{_bytes(pixels * PNG_SHARE + prototypes)}, of which prototypes {_bytes(prototypes)}",
+        "weights in memory": _bytes(weights),
+        "encoding": f"{_duration(encode_all)} ({1 / encoding:.3g} images/s)",
+        "synthesis": f"{_duration(make_all)} ({1 / (steps * step + once):.3g} images/s)",
+        "in all": f"{_duration(encode_all + make_all)} on this {model.device.type}, and the clustering",
+    }
+
+
+def _denoising(model: LatentDiffusion, starts: Tensor, prompt: str, recipe: ResolvedRecipe) -> tuple[float, float]:
+    """Return the seconds of an image's step, and of all else that is done for an image."""
+
+    def make(steps: int) -> Tensor:
+        denoised = model.denoise(
+            starts,
+            [prompt] * len(starts),
+            [generator_of(recipe.seed, 0, index) for index in range(len(starts))],
+            strength=1.0,
+            guidance_scale=recipe.guidance_scale,
+            num_inference_steps=steps,
+        )
+        return model.decode(denoised, recipe.image_size)
+
+    make(1)  # the first of all is slow
+    few, more = _seconds(partial(make, 1)), _seconds(partial(make, 3))
+    step = max(more - few, 0) / 2
+    return step / len(starts), max(few - step, 0) / len(starts)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()  # its product is on the CPU: nothing is left to wait for
+    return time.perf_counter() - started
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(size: float) -> str:
+    power = min(max(int(math.log(max(size, 1), 1000)), 0), 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def preview(
+    output: Path = Path("preview.png"),
+    source: Source | None = None,
+    classes: int = 5,
+    images: int = 4,
+    of_class: int = 200,
+    batch_size: int = BLOCK,
+    **recipe: Any,
+) -> dict[str, Any]:
+    """Draw a few images of a few classes as the recipe would, beside what they start from: prompts and strength, seen.
+
+    Of each class, two rows: the prototypes through the VAE alone, and the images made of them.
+
+    Args:
+        output: the picture to write, a .png.
+        source: the real images; scikit-learn's digits by default.
+        classes: how many, from the first on.
+        images: how many of each.
+        of_class: real images of a class to cluster, drawn by the seed.
+        batch_size: images that the model takes at once.
+        recipe: options of the Recipe; `ipc` and `prototypes` are those of `images` here.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        InputError: where an option cannot work.
+    """
+    for name, value in (("classes", classes), ("images", images), ("of_class", of_class)):
+        if value < 1:
+            raise InputError(f"`{name}` is {value}; it must be at least 1.")
+    if output.suffix != ".png":
+        raise InputError(f"`output` is {str(output)!r}; it must end in .png.")
+    source = source or Digits()
+    resolved = dataclasses.replace(Recipe(**recipe), ipc=images, prototypes=images).resolved(source)
+    model = open_model(resolved)
+    prompts = resolved.prompts(source.classes)
+    few = at_most(source.train(), of_class, resolved.seed)
+    shown = list(range(min(classes, len(source.classes))))
+    resolution = resolved.resolution or model.resolution
+    prototypes = {
+        label: cluster(latents, images, seed_of(resolved.seed, label))
+        for label, latents in encode(few, shown, model, resolution, resolved.resize, batch_size)
+    }
+    wanted = [(label, index) for label in shown for index in range(images)]
+    made = synthesise(wanted, prototypes, prompts, resolved, model, Batches(batch_size))["image"].split(images)
+    rows = [model.decode(prototypes[label].latents, resolved.image_size) for label in shown]
+    pairs = [row for pair in zip(rows, made, strict=True) for row in pair]
+    grid(pairs, [name for label in shown for name in (f"{source.classes[label]}: prototypes", prompts[label])]).save(
+        output
+    )
+    return {"preview": output.resolve(), "rows": "of each class, the prototypes, then the images made of them"}
