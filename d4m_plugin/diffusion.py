@@ -132,6 +132,8 @@ class LatentDiffusion:
         takes = inspect.signature(self.pipeline.encode_prompt).parameters
         options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in takes}  # the same prompt
         names: tuple[str, ...] = UNGUIDED
+        if "true_cfg_scale" in inspect.signature(self.pipeline.__call__).parameters:  # FLUX
+            options["max_sequence_length"] = 512 if self.pipeline.transformer.config.guidance_embeds else 256  # schnell
         if negative_prompt and "negative_prompt" not in takes:
             kind = type(self.pipeline).__name__
             raise InputError(f"`negative_prompt` is {negative_prompt!r}, but {kind} takes none; leave it out.")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from datasets import load_dataset
+from PIL import Image
 
 from d4m_plugin import Digits, cli
 from d4m_plugin.errors import InputWarning
@@ -254,3 +255,33 @@ def test_several_teachers_can_be_named(run, caplog):
     assert status == 0, err
     assert "Teacher auto: names 99%" in caplog.text
     assert "Teacher digits: names 99%" in caplog.text
+
+
+def test_a_dry_run_counts_and_makes_nothing(run, tmp_path):
+    words = ["--output", tmp_path / "set", "--ipc", "3", "--num_inference_steps", "10", "--batch_size", "20"]
+    status, out, err = run("distill", "--dry_run", "true", *words)
+    assert status == 0, err
+    rows = table_of(out)
+    assert rows["images to encode"] == "1,297, at 32 pixels"
+    assert rows["images to make"] == "30, 3 of each of 10 classes"
+    assert rows["passes of the model"] == "420: 7 steps an image, 2 a step"
+    assert rows["in all"].endswith("and the clustering")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_preview_shows_prototypes_and_images_of_a_few_classes(run, tmp_path):
+    words = ["--output", tmp_path / "seen.png", "--num_inference_steps", "2", "--classes", "2", "--images", "3"]
+    status, _, err = run("preview", *words, "--of_class", "10")
+    assert status == 0, err
+    with Image.open(tmp_path / "seen.png") as picture:
+        assert picture.height == 2 * 2 * (64 + 2)
+        assert picture.width > 3 * (64 + 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"), [(["--classes", "0"], "`classes` is 0"), (["--output", "seen.gif"], "must end in .png")]
+)
+def test_a_preview_that_cannot_be_drawn_is_told(run, words, says):
+    status, _, err = run("preview", *words)
+    assert status == 2
+    assert says in err

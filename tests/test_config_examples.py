@@ -4,11 +4,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import families
 from tests.test_cli import run, table_of  # noqa: F401  # run is a fixture
 
 EXAMPLES = Path(__file__).parent.parent / "config_examples"
 RUN_HERE = {"digits.yaml", "teacher_digits.yaml", "own_module.yaml", "small_batch.yaml"}
 OWN_SOURCE = "own_source.yaml"
+MODELS = {  # and the tiny pipeline that stands for each
+    "sd2.yaml": "sd_v_prediction",
+    "sdxl.yaml": "sdxl",
+    "sdxl_turbo.yaml": "sdxl",
+    "lcm.yaml": "lcm",
+    "sd3.yaml": "sd3",
+    "flux.yaml": "flux",
+}
 NEED_DATA = {"cifar10.yaml", "paper_cifar10.yaml", "teacher_cifar10.yaml", "paper_imagenet.yaml"}  # and a GPU
 
 
@@ -18,7 +27,7 @@ def beside_the_examples(cache):
 
 
 def test_every_example_is_tried():
-    assert {path.name for path in EXAMPLES.glob("*.yaml")} == RUN_HERE | NEED_DATA | {OWN_SOURCE}
+    assert {path.name for path in EXAMPLES.glob("*.yaml")} == RUN_HERE | NEED_DATA | {OWN_SOURCE} | set(MODELS)
 
 
 @pytest.mark.parametrize("name", sorted(RUN_HERE))
@@ -54,3 +63,13 @@ def test_an_example_for_other_data_parses(run, name):  # noqa: F811  # the fixtu
     status, out, err = run("fit", "--config", f"config_examples/{name}", "--print_config")
     assert status == 0, err
     assert "d4m_plugin.ImageClassifier" in out
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_models_settings_suit_its_family(run, name, tmp_path):  # noqa: F811  # the fixture imported above
+    tiny = families.save(MODELS[name], tmp_path / "tiny")
+    words = ["--data.diffusion", tiny, "--data.resolution", "16", "--data.vae", "null", "--data.ipc", "2"]
+    words += ["--data.source", "tests.toys.Squares", "--matching.teacher", "null", "--trainer.max_steps", "1"]
+    status, out, err = run("fit", "--config", f"config_examples/{name}", *words)
+    assert status == 0, err
+    assert "ipc-2" in table_of(out)["distilled set"]
