@@ -219,21 +219,17 @@ def _persistently(attempt: Callable[[], T], repo_id: str, local: str | None = No
     Raises:
         InputError: where it does not pass; it says what to do, and that the set in `local` is whole.
     """
-    for wait in WAITS:
+    for wait in (*WAITS, None):
         try:
             with _hub_errors():
                 return attempt()
         except _HubError as error:
-            asked = error.retry_after
-            if not error.may_pass or asked > LONGEST_WAIT:
+            if wait is None or not error.may_pass or error.retry_after > LONGEST_WAIT:
                 raise _explained(error, repo_id, local) from error
-            logger.warning("The Hub: %s. Trying again in %d s.", error, max(wait, asked))
-            time.sleep(max(wait, asked))
-    try:
-        with _hub_errors():
-            return attempt()
-    except _HubError as error:
-        raise _explained(error, repo_id, local) from error
+            pause = max(wait, error.retry_after)
+            logger.warning("The Hub: %s. Trying again in %d s.", error, pause)
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 class _HubError(Exception):
