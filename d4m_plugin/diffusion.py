@@ -4,6 +4,7 @@
 `scaling_factor` (after its `shift_factor`, where it has one): what diffusers' pipelines denoise.
 """
 
+import importlib.util
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,11 +36,12 @@ class LatentDiffusion:
         scheduler: name of a diffusers scheduler class, such as DDIMScheduler; the model's own by default.
         scheduler_options: of the scheduler, in place of the model's own.
         vae: a folder or Hub id of a VAE of the same latents, such as a tiny one, in place of the model's own.
+        lora: a folder, file or Hub id of LoRA weights that are added to the model's; needs peft.
         device: where to compute; an accelerator where there is one by default.
         dtype: what the passes run in; by default half precision where the device is fast in it.
 
     Raises:
-        InputError: where there is no such model, scheduler or VAE.
+        InputError: where there is no such model, scheduler, VAE or LoRA.
     """
 
     def __init__(
@@ -49,12 +51,19 @@ class LatentDiffusion:
         scheduler: str | None = None,
         scheduler_options: dict[str, Any] | None = None,
         vae: str | None = None,
+        lora: str | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.device = device or default_device()
         self.dtype = dtype or compute_dtype(self.device)
-        self.pipeline = _load_pipeline(model, revision, vae, self.device, self.dtype)
+        self.pipeline = _load_pipeline(model, revision, self.device, self.dtype)
+        if vae is not None:
+            self.pipeline.vae = _load_vae(vae, self.pipeline.vae).to(self.device)
+        if lora is not None:
+            _add_lora(self.pipeline, lora)
+        if self.dtype == torch.float16 and self.pipeline.vae.config.get("force_upcast"):
+            self.pipeline.vae.to(torch.float32)  # in float16 it overflows, as SDXL's does
         if scheduler is not None or scheduler_options:
             self.pipeline.scheduler = _make_scheduler(self.pipeline.scheduler, scheduler, scheduler_options or {})
         self._encoded: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -212,7 +221,7 @@ class LatentDiffusion:
         return pixels.cpu().contiguous()
 
 
-def _load_pipeline(model: str, revision: str | None, vae: str | None, device: torch.device, dtype: torch.dtype) -> Any:
+def _load_pipeline(model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Any:
     path = find_model(model)
     import diffusers
     import transformers
@@ -231,10 +240,6 @@ def _load_pipeline(model: str, revision: str | None, vae: str | None, device: to
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"`diffusion` is {model!r}, which is no loadable image-to-image model: {reason}") from error
-    if vae is not None:
-        pipeline.vae = _load_vae(vae, pipeline.vae)
-    if dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
-        pipeline.vae.to(torch.float32)  # in float16 it overflows, as SDXL's does
     return pipeline.to(device)
 
 
@@ -269,6 +274,18 @@ def find_model(model: str) -> str:
         return model
     known = ", ".join(EMBEDDED)
     raise InputError(f"`diffusion` is {model!r}: no model of ours ({known}), no folder, and no Hub id (owner/name).")
+
+
+def _add_lora(pipeline: Any, name: str) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise InputError(f"`lora` is {name!r}, which needs the package peft: `pip install peft`.")
+    try:
+        pipeline.load_lora_weights(name, use_safetensors=True)
+    except (OSError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"`lora` is {name!r}, which is no LoRA of {type(pipeline).__name__}: {reason}") from error
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
 
 
 def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:

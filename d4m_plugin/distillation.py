@@ -47,6 +47,7 @@ from d4m_plugin.subsets import at_most
 
 VERSIONS = ("d4m-plugin", "torch", "diffusers", "transformers", "scikit-learn")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+MODELS = ("diffusion", "vae", "lora")  # options of a recipe that may name folders
 BLOCK = 50  # images a unit of synthesis; fixed, so that the units do not depend on the batch size
 
 
@@ -121,20 +122,19 @@ def distill(
 def set_fingerprint(source: Source, recipe: ResolvedRecipe) -> str:
     """Return twelve hexadecimal digits that name a source, a recipe, and the weights of a model in a folder."""
     decides = [FORMAT, source.fingerprint, list(source.classes), dataclasses.asdict(recipe)]
-    models = [_model_digest(model) for model in (recipe.diffusion, recipe.vae) if model]
+    models = [_model_digest(model) for name in MODELS if (model := getattr(recipe, name))]
     return _digest([json.dumps(decides), *models])[:12]
 
 
 def _model_digest(model: str) -> str:
-    """Return a hash of the files of a model in a folder, "" for one on the Hub, whose revision names it."""
-    folder = ASSETS / model if model in EMBEDDED else Path(model)
-    if not folder.is_dir():
-        return ""
+    """Return a hash of a model's files, "" for one on the Hub, whose revision names it."""
+    place = ASSETS / model if model in EMBEDDED else Path(model)
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
     parts = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in filter(Path.is_file, files):
         with path.open("rb") as file:
-            parts += [str(path.relative_to(folder)), hashlib.file_digest(file, "sha256").hexdigest()]
-    return _digest(parts)
+            parts += [str(path.relative_to(place)), hashlib.file_digest(file, "sha256").hexdigest()]
+    return _digest(parts) if parts else ""
 
 
 def _digest(parts: list[str]) -> str:
@@ -204,7 +204,12 @@ def _say_what_is_to_be_done(encode: int, make: int, recipe: ResolvedRecipe) -> N
 def open_model(recipe: ResolvedRecipe) -> LatentDiffusion:
     """Return the model that a recipe names."""
     return LatentDiffusion(
-        recipe.diffusion, recipe.diffusion_revision, recipe.scheduler, recipe.scheduler_options, recipe.vae
+        recipe.diffusion,
+        recipe.diffusion_revision,
+        recipe.scheduler,
+        recipe.scheduler_options,
+        recipe.vae,
+        recipe.lora,
     )
 
 
@@ -372,8 +377,7 @@ def _assemble(
     metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint,
-        "recipe": dataclasses.asdict(recipe)
-        | {"diffusion": without_folders(recipe.diffusion), "vae": without_folders(recipe.vae)},
+        "recipe": dataclasses.asdict(recipe) | {name: without_folders(getattr(recipe, name)) for name in MODELS},
         "source": _described(source),
         "model": _described_model(recipe),
         "fewer_prototypes": fewer,

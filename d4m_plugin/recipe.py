@@ -29,6 +29,7 @@ class Recipe:
         num_inference_steps: steps of the whole schedule, of which int(steps · strength) are made.
         vae: a folder or Hub id of a VAE for the same latents in place of the model's, such as a tiny one
             (`madebyollin/taesd`), which encodes many times faster and less faithfully.
+        lora: a folder, file or Hub id of LoRA weights that are added to the model's (needs the package peft).
         scheduler: a diffusers scheduler class, such as PNDMScheduler; the model's own by default.
         scheduler_options: of the scheduler, such as `use_karras_sigmas: true`.
         prompt: what the model is told, with `{name}` for the class name.
@@ -54,6 +55,7 @@ class Recipe:
     guidance_scale: float = 8.0
     num_inference_steps: int = 50
     vae: str | None = None
+    lora: str | None = None
     scheduler: str | None = None
     scheduler_options: dict[str, Any] | None = None
     prompt: str = "{name}"

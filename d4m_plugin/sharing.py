@@ -5,6 +5,7 @@ import warnings
 
 from PIL import Image
 
+from d4m_plugin.distillation import MODELS
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.hub import NotOnTheHub, Repository, find_repository, without_folders
@@ -85,7 +86,7 @@ def _differences(found: DistilledDataset, source: Source, recipe: Recipe, exact:
     if found.classes != list(source.classes):
         differs.append(f"the classes {_listed(found.classes)} (asked for: {_listed(list(source.classes))})")
     asked = dataclasses.asdict(recipe.resolved(source))
-    asked |= {name: without_folders(asked[name]) for name in ("diffusion", "vae")}
+    asked |= {name: without_folders(asked[name]) for name in MODELS}
     for field in dataclasses.fields(Recipe):
         told = exact or getattr(recipe, field.name) != field.default
         if told and found.recipe[field.name] != asked[field.name]:

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from d4m_plugin import ConvNet, D4MDataModule, TeacherMatching
+from d4m_plugin import ConvNet, D4MDataModule, InputError, LatentDiffusion, TeacherMatching
 from d4m_plugin.matching import matching_loss, soften
+from d4m_plugin.seeding import generator_of
 from d4m_plugin.teachers import load_teacher
-from tests import third_party
+from tests import families, third_party
 from tests.test_cli import run  # noqa: F401  # a fixture
 from tests.test_datamodule import quiet_trainer
 
@@ -92,3 +94,35 @@ def test_in_a_notebook_the_loss_is_that_of_its_own_logits(package):
     expected = matching_loss(logits, softened, 20.0)
     torch.testing.assert_close(trainer.callback_metrics["matching_loss"], expected, rtol=1e-3, atol=1e-6)
     assert any(not torch.equal(p, module.get_parameter(name)) for name, p in before.named_parameters())
+
+
+def test_a_lora_is_added_to_the_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = families.save("sd", tmp_path / "model")
+    stock = StableDiffusionPipeline.from_pretrained(folder)
+    torch.manual_seed(1)
+    stock.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = peft.get_peft_model_state_dict(stock.unet)
+    stock.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+
+    starts = torch.randn(2, 4, 8, 8, generator=generator_of(0))
+
+    def denoised(**options):
+        model = LatentDiffusion(str(folder), dtype=torch.float32, **options)
+        generators = [generator_of(1, index) for index in range(2)]
+        return model.denoise(starts, ["a", "b"], generators, num_inference_steps=4)
+
+    with_lora = LatentDiffusion(str(folder), dtype=torch.float32)
+    with_lora.pipeline.load_lora_weights(tmp_path / "lora")  # beside the weights, as diffusers shows it
+    generators = [generator_of(1, index) for index in range(2)]
+    expected = with_lora.denoise(starts, ["a", "b"], generators, num_inference_steps=4)
+    torch.testing.assert_close(denoised(lora=str(tmp_path / "lora")), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(denoised(), expected, atol=1e-2)
+    with pytest.raises(InputError, match="`lora` is '/nowhere', which is no LoRA of StableDiffusionImg2ImgPipeline"):
+        denoised(lora="/nowhere")
+
+
+def test_a_lora_needs_peft(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    with pytest.raises(InputError, match="`lora` is 'some', which needs the package peft"):
+        LatentDiffusion(str(families.save("sd", tmp_path / "model")), lora="some")
