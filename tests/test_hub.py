@@ -50,8 +50,10 @@ def client(hub, tmp_path):
         }
         before = "import json\nimport d4m_plugin.hub\nd4m_plugin.hub.WAITS = (0, 0)\n"
         before += f"SQUARES = {Squares.diffusion!r}\n"
+        script = tmp_path / "client.py"  # a file, which Lightning runs again for a second process
+        script.write_text(before + code)
         result = subprocess.run(
-            [sys.executable, "-c", before + code],
+            [sys.executable, script],
             env={name: value for name, value in os.environ.items() if not name.startswith("HF_")} | own | environment,
             capture_output=True,
             text=True,
@@ -336,8 +338,8 @@ from tests.toys import Squares
 Squares.diffusion = SQUARES
 from d4m_plugin.cli import d4m
 def fit(*options):
-    sys.argv = ["d4m", "fit", "--data", "D4MDataModule", "--data.source", "tests.toys.Squares", "--matching.teacher",
-        "null", "--data.num_inference_steps", "2", "--trainer.max_steps", "1", "--trainer.logger", "false",
+    sys.argv = [sys.argv[0], "fit", "--data", "D4MDataModule", "--data.source", "tests.toys.Squares",
+        "--matching.teacher", "null", "--data.num_inference_steps", "2", "--trainer.max_steps", "1", "--trainer.logger", "false",
         "--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false", *options]
     try:
         d4m()
@@ -363,6 +365,14 @@ print(json.dumps([pushed, again, second, elsewhere, differs, unpushed]))
     assert status == [0, 0, 0, 0, 2, 2]
     assert len(hub.repos["dataset", REPO].commits) == 3
     assert {"ipc-2/d4m.json", "ipc-4/d4m.json"} <= set(files_of(hub))
+
+
+def test_of_two_processes_one_asks_and_pushes(hub, client, squares):
+    devices = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    words = ["--data.hub_id", REPO, "--data.push", "true", "--data.ipc", "2", *devices]
+    assert client(f"{FITTING}\nif __name__ == '__main__':\n    print(json.dumps(fit(*{words!r})))") == 0
+    assert len([line for line in hub.log if line.endswith(("/repos/create", "/commit/main"))]) == 3  # twice, and once
+    assert "ipc-2/d4m.json" in files_of(hub)
 
 
 def test_without_leave_to_push_nothing_is_distilled(hub, client, squares, tmp_path):
