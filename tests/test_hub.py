@@ -337,10 +337,13 @@ import sys
 from tests.toys import Squares
 Squares.diffusion = SQUARES
 from d4m_plugin.cli import d4m
+WORDS = (
+    "fit --data D4MDataModule --data.source tests.toys.Squares --data.num_inference_steps 2 --matching.teacher null"
+    " --trainer.max_steps 1 --trainer.logger false --trainer.enable_checkpointing false"
+    " --trainer.enable_progress_bar false"
+)
 def fit(*options):
-    sys.argv = [sys.argv[0], "fit", "--data", "D4MDataModule", "--data.source", "tests.toys.Squares",
-        "--matching.teacher", "null", "--data.num_inference_steps", "2", "--trainer.max_steps", "1", "--trainer.logger", "false",
-        "--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false", *options]
+    sys.argv = [sys.argv[0], *WORDS.split(), *options]
     try:
         d4m()
         return 0
