@@ -6,7 +6,7 @@
 
 import importlib.util
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,20 @@ class LatentDiffusion:
         return int(edge * self.pipeline.vae_scale_factor)
 
     @property
+    def _takes(self) -> Collection[str]:
+        """The options of the pipeline's call."""
+        return inspect.signature(self.pipeline.__call__).parameters.keys()
+
+    @property
+    def _is_flux(self) -> bool:
+        return "true_cfg_scale" in self._takes
+
+    @property
     def guides_by_a_second_pass(self) -> bool:
         """Whether a step under guidance is two passes; models distilled from guidance know it from one."""
         unet = getattr(self.pipeline, "unet", None)
-        takes = inspect.signature(self.pipeline.__call__).parameters
-        return (
-            "negative_prompt_embeds" in takes
-            and "true_cfg_scale" not in takes
-            and not (unet and unet.config.time_cond_proj_dim)
-        )
+        knows_it = self._is_flux or (unet and unet.config.time_cond_proj_dim)
+        return "negative_prompt_embeds" in self._takes and not knows_it
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -141,7 +146,7 @@ class LatentDiffusion:
         takes = inspect.signature(self.pipeline.encode_prompt).parameters
         options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in takes}  # the same prompt
         names: tuple[str, ...] = UNGUIDED
-        if "true_cfg_scale" in inspect.signature(self.pipeline.__call__).parameters:  # FLUX
+        if self._is_flux:
             options["max_sequence_length"] = 512 if self.pipeline.transformer.config.guidance_embeds else 256  # schnell
         if negative_prompt and "negative_prompt" not in takes:
             kind = type(self.pipeline).__name__
@@ -152,8 +157,7 @@ class LatentDiffusion:
             options |= {"do_classifier_free_guidance": True, "negative_prompt": negative_prompt or None}
         with autocast(self.device, self.dtype):
             tensors = self.pipeline.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1, **options)
-        known = inspect.signature(self.pipeline.__call__).parameters
-        return {name: tensor for name, tensor in zip(names, tensors, strict=False) if name in known}
+        return {name: tensor for name, tensor in zip(names, tensors, strict=False) if name in self._takes}
 
     @torch.inference_mode()
     def denoise(
@@ -187,9 +191,7 @@ class LatentDiffusion:
         encoded = [self._encoded[key] for key in keys]
         arguments: dict[str, Any] = {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
         edge = latents.shape[-1] * self.pipeline.vae_scale_factor
-        if (
-            "height" in inspect.signature(self.pipeline.__call__).parameters
-        ):  # of SD3 and FLUX, by which noise is shifted
+        if "height" in self._takes:  # of SD3 and FLUX, which shift the noise by it
             arguments |= {"height": edge, "width": edge}
         self.pipeline.set_progress_bar_config(disable=True)
         with autocast(self.device, self.dtype):

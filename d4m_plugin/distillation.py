@@ -197,8 +197,7 @@ def _distil_into(
 
 
 def _say_what_is_to_be_done(encode: int, make: int, recipe: ResolvedRecipe) -> None:
-    steps = int(recipe.num_inference_steps * recipe.strength)
-    tqdm.write(f"{encode:,} images to encode; {make:,} to make, of {steps} steps each.", file=sys.stderr)
+    tqdm.write(f"{encode:,} images to encode; {make:,} to make, of {recipe.steps} steps each.", file=sys.stderr)
 
 
 def open_model(recipe: ResolvedRecipe) -> LatentDiffusion:

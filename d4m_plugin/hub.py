@@ -103,10 +103,10 @@ def check_write_access(repo_id: str, private: bool = False) -> None:
 def push(
     dataset: "DistilledDataset",
     repo_id: str,
-    private: bool = False,
-    tag: str | None = None,
-    source_license: str | None = None,
-    model_license: str | None = None,
+    private: bool,
+    tag: str | None,
+    source_license: str | None,
+    model_license: str | None,
 ) -> str:
     """Upload a set as DistilledDataset.push_to_hub says, and return the commit."""
     from huggingface_hub import HfApi

@@ -124,6 +124,11 @@ class Recipe:
         return ResolvedRecipe(**values)
 
     @property
+    def steps(self) -> int:
+        """The steps that are made of each image's schedule."""
+        return int(self.num_inference_steps * self.strength)
+
+    @property
     def config_name(self) -> str:
         """The set's name beside others of its source: `ipc-10`."""
         return f"ipc-{self.ipc}"

@@ -46,7 +46,7 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK) -> dict[st
     if resolved.max_images_per_class is not None:
         images = at_most(images, resolved.max_images_per_class, resolved.seed)
     to_make = resolved.ipc * len(source.classes)
-    steps = int(resolved.num_inference_steps * resolved.strength)
+    steps = resolved.steps
     passes = 2 if resolved.guidance_scale > 1 and model.guides_by_a_second_pass else 1
 
     def encoded(chosen: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ class TeacherMatching(L.Callback):
                 f"{type(pl_module).__name__} has `automatic_optimization` set to False, so TeacherMatching cannot "
                 "replace its loss; use a module that returns its loss from `training_step`."
             )
-        if any(isinstance(each, TeacherMatching) and each._restore for each in trainer.callbacks):  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it, and declares it nowhere
+        if any(isinstance(each, TeacherMatching) and each._restore for each in callbacks):
             raise InputError("two callbacks are TeacherMatching; use one, with a list of teachers as `teacher`.")
         found = None  # until the first step, where layers may be made late
         if not (is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)):
