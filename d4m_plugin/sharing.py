@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -76,15 +77,15 @@ def _config_of(repository: Repository, recipe: Recipe, exact: bool) -> str | Non
     if exact or recipe.ipc != Recipe.ipc:
         return None
     if len(repository.configs) > 1:
-        listed = ", ".join(repository.configs)
-        raise InputError(f"`hub_id` is {repository.repo_id!r}, which holds {listed}; name one as `config_name`.")
+        configs = ", ".join(repository.configs)
+        raise InputError(f"`hub_id` is {repository.repo_id!r}, which holds {configs}; name one as `config_name`.")
     return repository.configs[0]
 
 
 def _differences(found: DistilledDataset, source: Source, recipe: Recipe, exact: bool) -> list[str]:
     differs = []
     if found.classes != list(source.classes):
-        differs.append(f"the classes {_listed(found.classes)} (asked for: {_listed(list(source.classes))})")
+        differs.append(f"the classes {listed(found.classes)} (asked for: {listed(source.classes)})")
     asked = dataclasses.asdict(recipe.resolved(source))
     asked |= {name: without_folders(asked[name]) for name in MODELS}
     for field in dataclasses.fields(Recipe):
@@ -94,8 +95,9 @@ def _differences(found: DistilledDataset, source: Source, recipe: Recipe, exact:
     return differs
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + ("…" if len(names) > 5 else "")
+def listed(names: Sequence[str]) -> str:
+    """Return the first few of some names, for an error."""
+    return ", ".join([*names[:3], "…"] if len(names) > 3 else names)
 
 
 def _others(source: Source, hub_id: str, config_name: str | None, revision: str | None) -> OthersSet:
@@ -109,7 +111,7 @@ def _others(source: Source, hub_id: str, config_name: str | None, revision: str 
         label_of, unknown = list(range(len(source.classes))), []
     if unknown:
         raise InputError(
-            f"`hub_id` is {hub_id!r}, whose classes {_listed(unknown)} are not among those of {source.name} "
-            f"({_listed(list(source.classes))}); name the `source` that it was distilled from."
+            f"`hub_id` is {hub_id!r}, whose classes {listed(unknown)} are not among those of {source.name} "
+            f"({listed(source.classes)}); name the `source` that it was distilled from."
         )
     return OthersSet(images.train(), label_of)

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.hub import check_write_access
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.screening import WithoutBadImages, check_images, test_fingerprint
-from d4m_plugin.sharing import OthersSet, find_set
+from d4m_plugin.sharing import OthersSet, find_set, listed
 from d4m_plugin.sources import Digits, LabelledImages, Source
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import random_subset
@@ -158,7 +158,7 @@ class D4MDataModule(L.LightningDataModule):
         if weighted and self._others_set:
             raise InputError(f"`weighted` is true, but {hub_id} was distilled by another tool and has no weights.")
         if self._named_set and self._named_set.classes != list(self.source.classes):
-            its, ours = _listed(self._named_set.classes), _listed(self.source.classes)
+            its, ours = listed(self._named_set.classes), listed(self.source.classes)
             raise InputError(
                 f"`set_folder` is {str(set_folder)!r}, whose classes ({its}) are not those of {self.source.name} "
                 f"({ours}); name the source that it was distilled from."
@@ -401,7 +401,3 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, lightnings)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join([*names[:3], "…"] if len(names) > 3 else names)
