@@ -21,6 +21,7 @@ def distill_command(
     cache_dir: Path | None = None,
     skip_bad_images: bool = False,
     keep_latents: bool = False,
+    compile: bool = False,
     dry_run: bool = False,
     **recipe: Any,
 ) -> dict[str, Any]:
@@ -35,12 +36,13 @@ def distill_command(
         cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
         skip_bad_images: leave out images that cannot be read, and record which; by default they stop the work.
         keep_latents: keep what the VAE made of the real images in the cache, for other sets of the same source.
+        compile: compile the model's denoiser with `torch.compile`: a minute or more first, less time for each image.
         dry_run: only say what it takes on this machine, by a short probe.
         recipe: options of the Recipe.
     """
     source = source or Digits()
     if dry_run:
-        return estimate(source, Recipe(**recipe), batch_size)
+        return estimate(source, Recipe(**recipe), batch_size, compile)
     made = distill(
         source,
         Recipe(**recipe),
@@ -50,6 +52,7 @@ def distill_command(
         num_workers=num_workers,
         skip_bad_images=skip_bad_images,
         keep_latents=keep_latents,
+        compile=compile,
     )
     return {"distilled set": made.root, "preview": made.preview}
 

@@ -20,6 +20,7 @@ from d4m_plugin.errors import InputError
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("digits", "cifar10")
 LICENSE = "apache-2.0"  # of the embedded ones
+DECODED_AT_ONCE = 2**20  # pixels: four images of 512x512
 
 # What `encode_prompt` returns, in order, by the names under which `__call__` takes it: of SD, SDXL and SD3, whose
 # guidance makes a second pass, and of FLUX, which was trained to need none.
@@ -31,7 +32,8 @@ class LatentDiffusion:
     """A stock diffusers image-to-image pipeline, loaded once and called in batches.
 
     Args:
-        model: `digits` or `cifar10` (embedded), a folder, or a Hub id, as stable-diffusion-v1-5/stable-diffusion-v1-5.
+        model: `digits` or `cifar10` (embedded), a folder, a `.safetensors` file of a whole model, or a Hub id, as
+            stable-diffusion-v1-5/stable-diffusion-v1-5.
         revision: branch, tag or commit of a Hub id.
         scheduler: name of a diffusers scheduler class, such as DDIMScheduler; the model's own by default.
         scheduler_options: of the scheduler, in place of the model's own.
@@ -39,6 +41,7 @@ class LatentDiffusion:
         lora: a folder, file or Hub id of LoRA weights that are added to the model's; needs peft.
         device: where to compute; an accelerator where there is one by default.
         dtype: what the passes run in; by default half precision where the device is fast in it.
+        compile: compile the denoiser with `torch.compile`.
 
     Raises:
         InputError: where there is no such model, scheduler, VAE or LoRA.
@@ -54,25 +57,39 @@ class LatentDiffusion:
         lora: str | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        compile: bool = False,
     ) -> None:
         self.device = device or default_device()
         self.dtype = dtype or compute_dtype(self.device)
-        self.pipeline = _load_pipeline(model, revision, self.device, self.dtype)
+        # A CPU gains by half passes, not half weights.
+        self.pipeline = _load_pipeline(model, revision, torch.float32 if self.device.type == "cpu" else self.dtype)
         if vae is not None:
-            self.pipeline.vae = _load_vae(vae, self.pipeline.vae).to(self.device)
+            self.pipeline.vae = _load_vae(vae, self.pipeline.vae)
         if lora is not None:
             _add_lora(self.pipeline, lora)
         if self.dtype == torch.float16 and self.pipeline.vae.config.get("force_upcast"):
             self.pipeline.vae.to(torch.float32)  # in float16 it overflows, as SDXL's does
         if scheduler is not None or scheduler_options:
             self.pipeline.scheduler = _make_scheduler(self.pipeline.scheduler, scheduler, scheduler_options or {})
+        if compile:
+            self._denoiser.to(memory_format=torch.channels_last).compile()
+        self.pipeline.vae.to(self.device)  # small and in each stage; the others come and go
         self._encoded: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+    @property
+    def _denoiser(self) -> Any:
+        return getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+
+    def _bring(self, wanted: Collection[Any]) -> None:
+        """Have some parts of the pipeline on the device beside the VAE, and no others: they take turns in memory."""
+        for part in self.pipeline.components.values():
+            if isinstance(part, nn.Module) and part is not self.pipeline.vae:
+                part.to(self.device if part in wanted else "cpu")
 
     @property
     def resolution(self) -> int:
         """Edge in pixels of the images that the model was trained on."""
-        denoiser = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
-        edge = denoiser.config.get("sample_size") or self.pipeline.default_sample_size
+        edge = self._denoiser.config.get("sample_size") or self.pipeline.default_sample_size
         return int(edge * self.pipeline.vae_scale_factor)
 
     @property
@@ -155,6 +172,7 @@ class LatentDiffusion:
             names = GUIDED
             # None lets SDXL take its own empty prompt
             options |= {"do_classifier_free_guidance": True, "negative_prompt": negative_prompt or None}
+        self._bring([part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")])
         with autocast(self.device, self.dtype):
             tensors = self.pipeline.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1, **options)
         return {name: tensor for name, tensor in zip(names, tensors, strict=False) if name in self._takes}
@@ -194,6 +212,7 @@ class LatentDiffusion:
         if "height" in self._takes:  # of SD3 and FLUX, which shift the noise by it
             arguments |= {"height": edge, "width": edge}
         self.pipeline.set_progress_bar_config(disable=True)
+        self._bring([self._denoiser])
         with autocast(self.device, self.dtype):
             output = self.pipeline(
                 image=latents.to(self.device),
@@ -211,7 +230,15 @@ class LatentDiffusion:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, size: int | None = None) -> Tensor:
-        """Return the pixels of latents, resized to (size, size) where `size` differs from the VAE's output."""
+        """Return the pixels of latents, resized to (size, size) where `size` differs from the VAE's output.
+
+        A few images at once: decoding takes more memory than all steps before it, and large images are no faster
+        together.
+        """
+        edge = latents.shape[-1] * self.pipeline.vae_scale_factor
+        return torch.cat([self._decode(few, size) for few in latents.split(max(1, DECODED_AT_ONCE // edge**2))])
+
+    def _decode(self, latents: Tensor, size: int | None) -> Tensor:
         vae = self.pipeline.vae
         shift, scale = self._shift_and_scale()
         with self._vae_autocast:
@@ -223,7 +250,7 @@ class LatentDiffusion:
         return pixels.cpu().contiguous()
 
 
-def _load_pipeline(model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Any:
+def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Any:
     path = find_model(model)
     import diffusers
     import transformers
@@ -231,10 +258,12 @@ def _load_pipeline(model: str, revision: str | None, device: torch.device, dtype
     diffusers.utils.logging.disable_progress_bar()  # they count files, not the user's images
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipeline = diffusers.AutoPipelineForImage2Image.from_pretrained(
+        if Path(path).is_file():
+            return _from_one_file(path, dtype)
+        return diffusers.AutoPipelineForImage2Image.from_pretrained(
             path,
             revision=revision,
-            dtype=torch.float32 if device.type == "cpu" else dtype,  # a CPU gains by half passes, not half weights
+            dtype=dtype,
             use_safetensors=True,  # a pickled checkpoint can run code
             safety_checker=None,  # it blacks images out without a word
             requires_safety_checker=False,
@@ -242,7 +271,21 @@ def _load_pipeline(model: str, revision: str | None, device: torch.device, dtype
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"`diffusion` is {model!r}, which is no loadable image-to-image model: {reason}") from error
-    return pipeline.to(device)
+
+
+def _from_one_file(path: str, dtype: torch.dtype) -> Any:
+    """Return the pipeline of a file of weights; what they are of, diffusers tells by their names."""
+    import diffusers
+    from diffusers.loaders import single_file_utils
+
+    weights = single_file_utils.load_single_file_checkpoint(path)
+    config = single_file_utils.fetch_diffusers_config(weights)["pretrained_model_name_or_path"]  # of the Hub
+    kind = diffusers.DiffusionPipeline.load_config(config)["_class_name"]
+    try:
+        pipeline = getattr(diffusers, kind).from_single_file(path, config=config, dtype=dtype)
+    except single_file_utils.SingleFileComponentError as error:
+        raise ValueError(str(error).strip()) from error
+    return diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
 
 
 def _load_vae(name: str, own: Any) -> Any:
@@ -259,13 +302,20 @@ def _load_vae(name: str, own: Any) -> Any:
 
 
 def find_model(model: str) -> str:
-    """Return the folder or Hub id that a model's name stands for.
+    """Return the folder, file or Hub id that a model's name stands for.
 
     Raises:
-        InputError: where the name is none of ours, no folder, and not of a Hub id's form.
+        InputError: where the name is none of ours, no folder or file of a model, and not of a Hub id's form.
     """
     if model in EMBEDDED:
         return str(ASSETS / model)
+    if Path(model).is_file():
+        if Path(model).suffix != ".safetensors":
+            raise InputError(
+                f"`diffusion` is the file {model!r}; a file must be a .safetensors, which unlike a pickled checkpoint "
+                "runs no code."
+            )
+        return model
     if Path(model).is_dir():
         if not (Path(model) / "model_index.json").is_file():
             raise InputError(
@@ -275,7 +325,9 @@ def find_model(model: str) -> str:
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return model
     known = ", ".join(EMBEDDED)
-    raise InputError(f"`diffusion` is {model!r}: no model of ours ({known}), no folder, and no Hub id (owner/name).")
+    raise InputError(
+        f"`diffusion` is {model!r}: no model of ours ({known}), no folder or file, and no Hub id (owner/name)."
+    )
 
 
 def _add_lora(pipeline: Any, name: str) -> None:

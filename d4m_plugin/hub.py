@@ -197,7 +197,7 @@ def license_of(name: str, kind: Literal["dataset", "model"]) -> str:
 
     try:
         card = Path(name) / "README.md"
-        if not Path(name).is_dir():
+        if not Path(name).exists():
             card = Path(hf_hub_download(name, "README.md", repo_type=kind))
         stated = RepoCard.load(card).data.get("license")
     except (OSError, ValueError, httpx2.HTTPError):

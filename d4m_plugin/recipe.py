@@ -21,8 +21,8 @@ class Recipe:
         ipc: images per class to make.
         prototypes: clusters per class, a divisor of `ipc`; by default `ipc` below 100, else the largest divisor up
             to 50 (the paper finds 10 and 50 alike there).
-        diffusion: the latent diffusion model: `digits` or `cifar10` (embedded), a folder, or a Hub id; the source's by
-            default.
+        diffusion: the latent diffusion model: `digits` or `cifar10` (embedded), a folder, a `.safetensors` file of a
+            whole model, or a Hub id; the source's by default.
         diffusion_revision: branch, tag or commit of a Hub id.
         strength: share of the noise schedule that a prototype is noised to, in (0, 1].
         guidance_scale: weight of classifier-free guidance, at least 0; 1 or less turns it off.

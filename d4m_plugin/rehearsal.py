@@ -28,19 +28,20 @@ PNG_SHARE = 0.6  # of a photograph's pixels, what a PNG of them takes
 PROBES = 4  # batches that are encoded to measure it, of which the fastest counts
 
 
-def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK) -> dict[str, Any]:
+def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: bool = False) -> dict[str, Any]:
     """Return what a distilling takes: what is to be done, counted, and the time, from a short probe of each stage.
 
     Args:
         source: the real images, of which a few batches are read and encoded.
         recipe: what to make.
         batch_size: images that the model takes at once.
+        compile: compile the model's denoiser; the time that it takes once is not in the estimate.
 
     Returns:
         Names of the table's rows, in order, and their values.
     """
     resolved = recipe.resolved(source)
-    model = open_model(resolved)
+    model = open_model(resolved, compile)
     resolution = resolved.resolution or model.resolution
     images = source.train()
     if resolved.max_images_per_class is not None:
@@ -70,11 +71,17 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK) -> dict[st
         "images to make": f"{to_make:,}, {resolved.ipc} of each of {len(source.classes):,} classes",
         "passes of the model": f"{to_make * steps * passes:,}: {steps} steps an image, {passes} a step",
         "on disk": f"{_bytes(pixels * PNG_SHARE + prototypes)}, of which prototypes {_bytes(prototypes)}",
-        "weights in memory": _bytes(weights),
+        "memory": f"{_bytes(weights)} of weights{_peak(model.device)}",
         "encoding": f"{_duration(encode_all)} ({1 / encoding:.3g} images/s)",
         "synthesis": f"{_duration(make_all)} ({1 / (steps * step + once):.3g} images/s)",
         "in all": f"{_duration(encode_all + make_all)} on this {model.device.type}, and the clustering",
     }
+
+
+def _peak(device: torch.device) -> str:
+    if device.type == "cpu":
+        return ""
+    return f"; the probe took {_bytes(torch.accelerator.max_memory_allocated(device))} of the {device.type}'s"
 
 
 def _denoising(model: LatentDiffusion, starts: Tensor, prompt: str, recipe: ResolvedRecipe) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Tiny pipelines of each family of diffusion models: their real classes, random weights (plumbing, not quality)."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -178,3 +179,60 @@ def save(family: str, folder: Path) -> Path:
     torch.manual_seed(0)
     FAMILIES[family]().save_pretrained(folder)
     return folder
+
+
+# From the names of Stable Diffusion's weights in diffusers to those of the original checkpoints, for the sizes here.
+ORIGINAL_NAMES = {
+    "unet": {
+        r"^time_embedding\.linear_1": "time_embed.0",
+        r"^time_embedding\.linear_2": "time_embed.2",
+        r"^conv_in": "input_blocks.0.0",
+        r"^down_blocks\.0\.resnets\.0": "input_blocks.1.0",
+        r"^down_blocks\.0\.downsamplers\.0\.conv": "input_blocks.2.0.op",
+        r"^down_blocks\.1\.resnets\.0": "input_blocks.3.0",
+        r"^down_blocks\.1\.attentions\.0": "input_blocks.3.1",
+        r"^mid_block\.resnets\.0": "middle_block.0",
+        r"^mid_block\.attentions\.0": "middle_block.1",
+        r"^mid_block\.resnets\.1": "middle_block.2",
+        r"^up_blocks\.0\.resnets\.(.)": r"output_blocks.\1.0",
+        r"^up_blocks\.0\.attentions\.(.)": r"output_blocks.\1.1",
+        r"^up_blocks\.0\.upsamplers\.0": "output_blocks.1.2",
+        r"^up_blocks\.1\.resnets\.0": "output_blocks.2.0",
+        r"^up_blocks\.1\.resnets\.1": "output_blocks.3.0",
+        r"^conv_norm_out": "out.0",
+        r"^conv_out": "out.2",
+        r"^((?:input|middle|output)_blocks?\.[\d.]+)norm1\.": r"\1in_layers.0.",
+        r"^((?:input|middle|output)_blocks?\.[\d.]+)conv1\.": r"\1in_layers.2.",
+        r"^((?:input|middle|output)_blocks?\.[\d.]+)time_emb_proj\.": r"\1emb_layers.1.",
+        r"^((?:input|middle|output)_blocks?\.[\d.]+)norm2\.": r"\1out_layers.0.",
+        r"^((?:input|middle|output)_blocks?\.[\d.]+)conv2\.": r"\1out_layers.3.",
+        r"conv_shortcut": "skip_connection",
+        r"^": "model.diffusion_model.",
+    },
+    "vae": {
+        r"conv_norm_out": "norm_out",
+        r"down_blocks\.(.)\.resnets": r"down.\1.block",
+        r"down_blocks\.0\.downsamplers\.0": "down.0.downsample",
+        r"mid_block\.resnets\.0": "mid.block_1",
+        r"mid_block\.resnets\.1": "mid.block_2",
+        r"mid_block\.attentions\.0\.group_norm": "mid.attn_1.norm",
+        r"mid_block\.attentions\.0\.to_([qkv])": r"mid.attn_1.\1",
+        r"mid_block\.attentions\.0\.to_out\.0": "mid.attn_1.proj_out",
+        r"up_blocks\.0\.resnets": "up.1.block",
+        r"up_blocks\.1\.resnets": "up.0.block",
+        r"up_blocks\.0\.upsamplers\.0": "up.1.upsample",
+        r"^": "first_stage_model.",
+    },
+    "text_encoder": {r"^": "cond_stage_model.transformer.text_model."},
+}
+
+
+def in_one_file(pipeline):
+    """Return the weights of a Stable Diffusion pipeline under the names of the original checkpoints."""
+    weights = {}
+    for part, names in ORIGINAL_NAMES.items():
+        for name, tensor in getattr(pipeline, part).state_dict().items():
+            for pattern, original in names.items():
+                name = re.sub(pattern, original, name)
+            weights[name] = tensor
+    return weights

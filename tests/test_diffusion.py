@@ -102,7 +102,7 @@ def test_the_scheduler_can_be_chosen(random_pipeline):
     [
         (
             {"model": "nonsense"},
-            "`diffusion` is 'nonsense': no model of ours (digits, cifar10), no folder, and no Hub id",
+            "`diffusion` is 'nonsense': no model of ours (digits, cifar10), no folder or file, and no Hub id",
         ),
         ({"model": "/nowhere/at/all"}, "no folder"),
         ({"model": "owner/unknown"}, "`diffusion` is 'owner/unknown'"),

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image
+from diffusers import AutoPipelineForImage2Image, StableDiffusionPipeline
+from diffusers.loaders import single_file_utils
+from safetensors.torch import load_file, save_file
 
 from d4m_plugin import InputError, LatentDiffusion
 from d4m_plugin.seeding import generator_of
@@ -140,6 +142,82 @@ def test_a_vae_of_the_same_latents_may_take_the_models_place(folder, tmp_path):
         LatentDiffusion(folder("sd3"), vae=str(tmp_path / "tiny"))
     with pytest.raises(InputError, match="`vae` is '/nowhere', which is no loadable VAE"):
         LatentDiffusion(folder("sd"), vae="/nowhere")
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_only_what_a_stage_needs_is_on_the_device(folder, family, monkeypatch):
+    """The device is the CPU by another name here, so that going there can be told from going back."""
+    device = torch.device("cpu:0")
+    there, seen = set(), []
+    move = torch.nn.Module.to
+
+    def spy(module, *args, **kwargs):
+        if args and args[0] == device and isinstance(args[0], torch.device):
+            there.add(module)
+        elif args == ("cpu",):
+            there.discard(module)
+        return move(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", spy)
+    model = LatentDiffusion(folder(family), device=device, dtype=torch.float32)
+    parts = {part: name for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    names = lambda: {parts[part].split("_encoder")[0] for part in there}  # noqa: E731
+    for part in parts:
+        if parts[part] != "vae":
+            part.register_forward_pre_hook(lambda part, _: seen.append((parts[part].split("_encoder")[0], names())))
+    pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    latents = model.encode(pixels)
+    assert names() == {"vae"}
+    for prompt in ("a cat", "a dog"):
+        model.decode(model.denoise(latents, [prompt], [generator_of(0)], num_inference_steps=2))
+    assert {name for name, _ in seen} == {"text", "transformer" if family in ("sd3", "flux") else "unet"}
+    assert all(on_it == {"vae", name} for name, on_it in seen)
+
+
+def test_large_images_are_decoded_a_few_at_a_time_with_the_same_result(folder, monkeypatch):
+    model = LatentDiffusion(folder("sd"), dtype=torch.float32)
+    together = model.decode(starts(model))
+    monkeypatch.setattr("d4m_plugin.diffusion.DECODED_AT_ONCE", 16 * 16)
+    assert torch.equal(model.decode(starts(model)), together)
+
+
+def test_a_compiled_denoiser_computes_the_same(folder):
+    plain, compiled = (LatentDiffusion(folder("sd"), dtype=torch.float32, compile=each) for each in (False, True))
+    options = {"num_inference_steps": 3, "guidance_scale": 5.0}
+    difference = in_batches(compiled, starts(plain), **options) - in_batches(plain, starts(plain), **options)
+    assert difference.abs().max() < 1.01 / 255
+
+
+@pytest.fixture
+def one_file(folder, tmp_path, monkeypatch):
+    """Stable Diffusion's weights in one file, and a folder in place of the Hub's with the model's configuration."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder("sd"), safety_checker=None)
+    save_file(families.in_one_file(pipeline), tmp_path / "model.safetensors")
+    known = single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS
+    monkeypatch.setitem(known, "v1", {"pretrained_model_name_or_path": folder("sd")})
+    return tmp_path / "model.safetensors"
+
+
+def test_a_model_may_be_one_file_of_weights(folder, one_file):
+    model = LatentDiffusion(str(one_file), dtype=torch.float32)
+    expected = LatentDiffusion(folder("sd"), dtype=torch.float32)
+    options = {"num_inference_steps": 3, "guidance_scale": 5.0}
+    assert torch.equal(in_batches(model, starts(model), **options), in_batches(expected, starts(model), **options))
+    assert getattr(model.pipeline, "safety_checker", None) is None
+
+
+def test_a_file_that_is_no_whole_model_is_refused(one_file):
+    weights = load_file(one_file)
+    save_file({name: part for name, part in weights.items() if "cond_stage" not in name}, one_file)
+    with pytest.raises(InputError, match=r"`diffusion` is '.*model.safetensors', which is no loadable .*CLIPText"):
+        LatentDiffusion(str(one_file))
+    one_file.write_bytes(b"no weights")
+    with pytest.raises(InputError, match=r"`diffusion` is '.*model.safetensors', which is no loadable"):
+        LatentDiffusion(str(one_file))
+    pickled = one_file.with_suffix(".ckpt")
+    pickled.write_bytes(b"")
+    with pytest.raises(InputError, match=r"model.ckpt'; a file must be a .safetensors"):
+        LatentDiffusion(str(pickled))
 
 
 def test_a_negative_prompt_that_a_model_does_not_take_is_refused(folder):
