@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from d4m_plugin.devices import autocast, compute_dtype, default_device
 from d4m_plugin.errors import InputError
+from d4m_plugin.hub import why_unread
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("digits", "cifar10")
@@ -269,8 +270,7 @@ def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Any:
             requires_safety_checker=False,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"`diffusion` is {model!r}, which is no loadable image-to-image model: {reason}") from error
+        raise InputError(f"`diffusion` is {model!r}, which {why_unread(error)}.") from error
 
 
 def _from_one_file(path: str, dtype: torch.dtype) -> Any:

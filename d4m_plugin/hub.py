@@ -4,6 +4,7 @@ A repository holds several sets, each a folder and a config of `datasets`; its R
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -268,6 +269,32 @@ def _hub_errors() -> Iterator[None]:
                 raise _HubError(cause) from error
             cause = cause.__cause__ or cause.__context__
         raise _HubError(error) from error
+
+
+def why_unread(error: BaseException) -> str:
+    """Return, after "which", why diffusers could not read a model: the Hub's own answer, which it hides, if any."""
+    from huggingface_hub import errors
+
+    answers = []
+    cause: BaseException | None = error
+    while cause is not None:
+        answers.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for kind, reason in (
+        (errors.GatedRepoError, "is gated: ask for access on its page, then log in (`hf auth login`)"),
+        (errors.RevisionNotFoundError, "has no such `diffusion_revision`; leave it out for the newest"),
+        (errors.RepositoryNotFoundError, "the Hub has not, or hides: check the name, and log in where it is private"),
+        (errors.OfflineModeIsEnabled, "was not fetched before, and HF_HUB_OFFLINE is set"),
+        (errors.LocalEntryNotFoundError, "was not fetched before, and the Hub cannot be reached"),
+    ):
+        if any(isinstance(answer, kind) for answer in answers):
+            return reason
+    if any(getattr(answer, "errno", None) == errno.ENOSPC for answer in answers):
+        return "does not fit on the disk"
+    reason = str(error).strip().partition("\n")[0]
+    if "necessary `safetensors` weights" in reason:
+        return "has no .safetensors weights; a pickled checkpoint can run code and is not read"
+    return f"is no loadable image-to-image model: {reason.rstrip('.')}"
 
 
 def _explained(error: _HubError, repo_id: str, local: str | None) -> InputError:

@@ -72,8 +72,8 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
         "passes of the model": f"{to_make * steps * passes:,}: {steps} steps an image, {passes} a step",
         "on disk": f"{_bytes(pixels * PNG_SHARE + prototypes)}, of which prototypes {_bytes(prototypes)}",
         "memory": f"{_bytes(weights)} of weights{_peak(model.device)}",
-        "encoding": f"{_duration(encode_all)} ({1 / encoding:.3g} images/s)",
-        "synthesis": f"{_duration(make_all)} ({1 / (steps * step + once):.3g} images/s)",
+        "encoding": f"{_duration(encode_all)} ({_rate(encoding)})",
+        "synthesis": f"{_duration(make_all)} ({_rate(steps * step + once)})",
         "in all": f"{_duration(encode_all + make_all)} on this {model.device.type}, and the clustering",
     }
 
@@ -114,6 +114,10 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _rate(seconds: float) -> str:
+    return f"{1 / seconds:,.0f} images/s" if seconds < 0.1 else f"{1 / seconds:.3g} images/s"
 
 
 def _bytes(size: float) -> str:

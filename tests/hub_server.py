@@ -66,7 +66,10 @@ class Hub(ThreadingHTTPServer):
         self.log: list[str] = []
 
     def dataset(self, name: str, files: dict[str, bytes] | None = None, **options: Any) -> Repo:
-        repo = self.repos.setdefault(("dataset", name), Repo(**options))
+        return self.repository("dataset", name, files, **options)
+
+    def repository(self, kind: str, name: str, files: dict[str, bytes] | None = None, **options: Any) -> Repo:
+        repo = self.repos.setdefault((kind, name), Repo(**options))
         repo.commit(GIT_ATTRIBUTES | (files or {}))
         return repo
 
@@ -173,8 +176,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, "GatedRepo")
         return repo
 
-    def _at(self, name: str, revision: str) -> tuple[str, dict[str, bytes]]:
-        commit = self._repo(name).at(revision)
+    def _at(self, name: str, revision: str, kind: str = "dataset") -> tuple[str, dict[str, bytes]]:
+        commit = self._repo(name, kind).at(revision)
         if commit is None:
             raise Refusal(404, "RevisionNotFound")
         return commit
@@ -184,7 +187,8 @@ class Handler(BaseHTTPRequestHandler):
             if match := re.fullmatch(pattern, f"{self.command} {path}"):
                 handle(self, **match.groupdict())
                 return
-        self._answer({"error": f"no route {self.command} {path}"}, 501)
+        self.server.log.append(f"no route {self.command} {path}")
+        self._answer({"error": self.server.log[-1]}, 501)
 
     def break_down(self) -> None:
         self.server.faults = [Fault(**told) for told in json.loads(self.body)]
@@ -215,17 +219,13 @@ class Handler(BaseHTTPRequestHandler):
         self._may_write(name)
         self._answer({})
 
-    def info(self, name: str, revision: str = "main") -> None:
-        oid, files = self._at(name, revision)
+    def info(self, name: str, kind: str, revision: str = "main") -> None:
+        oid, files = self._at(name, revision, kind)
         siblings = [{"rfilename": file} for file in sorted(files)]
         self._answer({"id": name, "sha": oid, "private": False, "siblings": siblings, "tags": []})
 
-    def model(self, name: str) -> None:
-        self._repo(name, "model")
-        self._answer({"id": name, "sha": "0" * 40, "siblings": [], "tags": []})
-
-    def tree(self, name: str, revision: str, folder: str | None = None) -> None:
-        _, files = self._at(name, revision)
+    def tree(self, name: str, kind: str, revision: str, folder: str | None = None) -> None:
+        _, files = self._at(name, revision, kind)
         inside = f"{folder.strip('/')}/" if folder and folder.strip("/") else ""
         recursive = parse_qs(self.url.query).get("recursive", ["false"])[0].lower() in ("true", "1")
         entries, folders = [], set()
@@ -315,8 +315,8 @@ class Handler(BaseHTTPRequestHandler):
         oid = repo.commit(files)
         self._answer({"commitUrl": f"{self.server.url}/datasets/{name}/commit/{oid}", "commitOid": oid})
 
-    def resolve(self, name: str, revision: str, file: str) -> None:
-        oid, files = self._at(name, revision)
+    def resolve(self, name: str, revision: str, file: str, folder: str | None) -> None:
+        oid, files = self._at(name, revision, "dataset" if folder else "model")
         if file not in files:
             raise Refusal(404, "EntryNotFound")
         content = files[file]
@@ -352,19 +352,19 @@ REVISION = "(?P<revision>[^/]+)"
 ROUTES = [
     ("POST /faults", Handler.break_down),
     ("GET /api/whoami-v2", Handler.whoami),
+    ("GET /api/agent-harnesses", lambda handler: handler._answer({})),  # which tool is at work
     ("POST /api/repos/create", Handler.create),
     ("POST /api/validate-yaml", Handler.validate),
     (f"GET {API}/auth-check/write", Handler.may_write),
     (f"GET {API}/refs", Handler.refs),
-    (f"GET {API}", Handler.info),
-    (f"GET {API}/revision/{REVISION}", Handler.info),
-    (f"GET {API}/tree/{REVISION}(?P<folder>/.*)?", Handler.tree),
+    (rf"GET /api/(?P<kind>dataset|model)s/{NAME}", Handler.info),
+    (rf"GET /api/(?P<kind>dataset|model)s/{NAME}/revision/{REVISION}", Handler.info),
+    (rf"GET /api/(?P<kind>dataset|model)s/{NAME}/tree/{REVISION}(?P<folder>/.*)?", Handler.tree),
     (f"POST {API}/paths-info/{REVISION}", Handler.paths_info),
     (f"POST {API}/tag/{REVISION}", Handler.make_tag),
     (f"POST {API}/preupload/{REVISION}", Handler.preupload),
     (f"POST {API}/commit/{REVISION}", Handler.make_commit),
     (f"POST /datasets/{NAME}.git/info/lfs/objects/batch", Handler.batch),
     ("PUT /lfs/(?P<oid>[0-9a-f]+)", Handler.put),
-    (f"(GET|HEAD) /datasets/{NAME}/resolve/{REVISION}/(?P<file>.+)", Handler.resolve),
-    (rf"GET /api/models/{NAME}", Handler.model),
+    (f"(GET|HEAD) /(?P<folder>datasets/)?{NAME}/resolve/{REVISION}/(?P<file>.+)", Handler.resolve),
 ]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from d4m_plugin import DistilledDataset, Recipe, distill
 from d4m_plugin.distilled import checksums, write_parquet
-from tests import hub_server
+from tests import families, hub_server
 from tests.toys import Squares
 
 REPO = "me/squares-d4m"
@@ -291,7 +291,7 @@ print(json.dumps(said))
     ],
 )
 def test_who_may_push_where(hub, client, made, repo, token, says):
-    hub.repos["model", "me/a-model"] = hub_server.Repo()
+    hub.repository("model", "me/a-model")
     said = client(
         f"""
 from d4m_plugin import DistilledDataset, InputError
@@ -316,7 +316,7 @@ except InputError as error:
     ],
 )
 def test_what_cannot_be_read_is_told(hub, client, root, revision, says):
-    hub.repos["model", "me/a-model"] = hub_server.Repo()
+    hub.repository("model", "me/a-model")
     hub.dataset("me/gated", gated=True)
     hub.dataset(REPO)
     said = client(
@@ -330,6 +330,51 @@ except InputError as error:
         hub_server.READER,
     )
     assert re.search(says, said)
+
+
+OPENING = """
+from d4m_plugin import InputError, LatentDiffusion
+def opened(model, revision):
+    try:
+        return type(LatentDiffusion(model, revision).pipeline).__name__
+    except InputError as error:
+        return str(error)
+"""
+
+
+def test_a_models_repository_is_opened_or_one_sentence_says_why_not(hub, client, tmp_path):
+    folder = families.save("sd", tmp_path / "sd")
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    repo = hub.repository("model", "me/model", files)
+    repo.tags["v1"] = repo.commits[-1][0]
+    hub.repository("model", "me/gated", files, gated=True)
+    hub.repository("model", "me/private", files, private=True)
+    hub.repository("model", "me/text", {"config.json": b"{}"})
+    pickled = {name.replace(".safetensors", ".bin"): content for name, content in files.items()}
+    hub.repository("model", "me/pickled", pickled)
+    cases = {
+        ("me/model", "v1"): "StableDiffusionImg2ImgPipeline",
+        ("me/model", "v9"): "which has no such `diffusion_revision`; leave it out for the newest.",
+        ("me/gated", None): "which is gated: ask for access on its page, then log in (`hf auth login`).",
+        ("me/private", None): "which the Hub has not, or hides: check the name, and log in where it is private.",
+        ("me/missing", None): "which the Hub has not, or hides: check the name, and log in where it is private.",
+        ("me/text", None): "which is no loadable image-to-image model: me/text does not appear to have a file named "
+        "model_index.json.",
+        ("me/pickled", None): "which has no .safetensors weights; a pickled checkpoint can run code and is not read.",
+    }
+    said = client(f"{OPENING}\nprint(json.dumps([opened(*case) for case in {list(cases)}]))", hub_server.READER)
+    for sentence, (case, end) in zip(said, cases.items(), strict=True):
+        assert sentence.endswith(end), case
+        assert sentence == end or sentence.startswith(f"`diffusion` is {case[0]!r}, which ")
+    again = f"{OPENING}\nprint(json.dumps([opened('me/model', 'v1'), opened('me/other', None)]))"
+    assert client(again, HF_HUB_OFFLINE="1") == [
+        "StableDiffusionImg2ImgPipeline",
+        "`diffusion` is 'me/other', which was not fetched before, and HF_HUB_OFFLINE is set.",
+    ]
+    assert client(again, HF_ENDPOINT="http://127.0.0.1:9") == [
+        "StableDiffusionImg2ImgPipeline",
+        "`diffusion` is 'me/other', which was not fetched before, and the Hub cannot be reached.",
+    ]
 
 
 FITTING = """
