@@ -87,6 +87,19 @@ Made again by
 
 Names of the classes, versions and checksums: `{config}/d4m.json`; the prototypes' latents:
 `{config}/prototypes.safetensors`.
+{results}"""
+
+RESULTS = """
+### Results of {config}
+
+{verdicts}
+
+| student | labels | trained on | accuracy on the real test images, % |
+|---|---|---|---|
+{rows}
+
+{seeds} seeds, mean ± standard deviation; {steps} steps of {batch_size} images; teacher: {teacher}. Measured by
+`d4m evaluate`.
 """
 
 
@@ -207,7 +220,22 @@ def _set(config: str, metadata: dict[str, Any]) -> str:
         model=_linked(model["hub_id"], recipe["diffusion"], ""),
         model_license=model["license"],
         model_citation="d4m-plugin" if recipe["diffusion"] in EMBEDDED else _page(model["hub_id"]),
+        results=_results(config, metadata["results"]) if "results" in metadata else "",
     )
+
+
+def _results(config: str, results: dict[str, Any]) -> str:
+    rows = [
+        f"| {row['student']} | {row['labels']} | {row['images']:,} {row['arm']} | {percent(row['mean'], row['std'])} |"
+        for row in results["table"]
+    ]
+    verdicts = "\n".join(f"- {sentence}" for sentence in results["verdicts"])
+    return RESULTS.format(config=config, verdicts=verdicts, rows="\n".join(rows), **results["protocol"])
+
+
+def percent(mean: float, deviation: float | None) -> str:
+    """Return shares as a percentage and, where there is one, its standard deviation: 54.9 ± 0.9."""
+    return f"{100 * mean:.1f}" if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
 
 
 def _command(metadata: dict[str, Any]) -> str:

@@ -4,6 +4,8 @@
 Libraries are imported by the command that needs them, so that help is quick.
 """
 
+import itertools
+import json
 import os
 import re
 import sys
@@ -22,6 +24,9 @@ LIGHTNING_COMMANDS = {
 FUNCTION_COMMANDS = {
     "preview": "draw a few images as a recipe would make them",
     "distill": "distil a dataset alone",
+    "evaluate": "tell whether a distilled set is better than random real images",
+    "compare": "judge several distilled sets alike, whatever method made them",
+    "sweep": "try values of the recipe's options, and draw how accuracy depends on them",
     "relabel": "store a teacher's logits with a distilled set",
     "push": "upload a distilled set to the Hugging Face Hub",
     "pretrain": "train a small latent diffusion pipeline on a dataset",
@@ -161,6 +166,9 @@ def _source_names() -> list[str]:
 def _call(command: str, args: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
+    if command == "compare":  # any number of sets, before the options
+        sets = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
+        args = [*([json.dumps(sets)] if sets else []), *args[len(sets) :]]
     from d4m_plugin.commands import ABOUT_A_SET, FUNCTIONS, rows_of
 
     class Parser(OneSentenceErrors, ArgumentParser):

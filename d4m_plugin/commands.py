@@ -6,6 +6,9 @@ from typing import Any
 
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
+from d4m_plugin.evaluation.compare import compare
+from d4m_plugin.evaluation.evaluate import evaluate
+from d4m_plugin.evaluation.sweep import sweep
 from d4m_plugin.pretraining import pretrain
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.rehearsal import estimate, preview
@@ -100,11 +103,15 @@ def push_command(
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "preview": preview,
     "distill": distill_command,
+    "evaluate": evaluate,
+    "compare": compare,
+    "sweep": sweep,
     "relabel": relabel,
     "push": push_command,
     "pretrain": pretrain,
 }
-ABOUT_A_SET = ("relabel", "push")  # whose folder, and where to, are given without the options' names
+# Whose folder, and where to, are given without the options' names.
+ABOUT_A_SET = ("compare", "evaluate", "relabel", "push")
 
 
 def rows_of(made: Any) -> dict[str, Any]:

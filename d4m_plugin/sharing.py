@@ -102,16 +102,33 @@ def listed(names: Sequence[str]) -> str:
 
 def _others(source: Source, hub_id: str, config_name: str | None, revision: str | None) -> OthersSet:
     images = HuggingFace(hub_id, config_name, revision, test_split="train")  # of its own test split, no use is made
-    label_of, unknown = match_classes(images.classes, source.classes)
-    if unknown and len(images.classes) == len(source.classes) and all(name.isdecimal() for name in images.classes):
+    return OthersSet(images.train(), labels_of(images.classes, source, hub_id))
+
+
+def labels_of(classes: Sequence[str], source: Source, name: str) -> list[int]:
+    """Return the source's label of each class of a set that another tool distilled.
+
+    Args:
+        classes: the set's, in the order of its labels; numbers are taken as the source's labels.
+        source: the real images.
+        name: the set's.
+
+    Raises:
+        InputError: where a class is none of the source's.
+
+    Warns:
+        InputWarning: where they are numbers.
+    """
+    label_of, unknown = match_classes(classes, source.classes)
+    if unknown and all(each.isdecimal() and int(each) < len(source.classes) for each in classes):
         warnings.warn(
-            InputWarning(f"the labels of {hub_id} are numbers without names: taken in the order of {source.name}'s."),
+            InputWarning(f"the classes of {name} are numbers without names: taken as the labels of {source.name}."),
             stacklevel=2,
         )
-        label_of, unknown = list(range(len(source.classes))), []
+        return [int(each) for each in classes]
     if unknown:
         raise InputError(
-            f"`hub_id` is {hub_id!r}, whose classes {listed(unknown)} are not among those of {source.name} "
+            f"{name} has the classes {listed(unknown)}, which are not among those of {source.name} "
             f"({listed(source.classes)}); name the `source` that it was distilled from."
         )
-    return OthersSet(images.train(), label_of)
+    return label_of

@@ -56,7 +56,7 @@ class ImageFolder(IndexedSource):
     ) -> None:
         self.root = Path(root).expanduser()
         train, folders, test = _find_splits(self.root, train_folder, test_folder)
-        self._train = _index(train, folders)
+        self._train = index(train, folders)
         if test is None:
             self._set_apart(test_share, split_seed)
         else:
@@ -126,10 +126,10 @@ class TinyImageNet(ImageFolder):
                 f"`root` is {str(root)!r}, where Tiny-ImageNet is not; name its folder or set `download` to true."
             )
         self.root, self.image_size = folder, 64
-        ids = _class_folders(folder / "train")
+        ids = class_folders(folder / "train")
         _check_ids(folder, ids, sorted((folder / "wnids.txt").read_text().split()), "Tiny-ImageNet")
         self.classes = [readable(each, synonyms) for each in ids]
-        self._train = _index(folder / "train", [f"{each}/images" for each in ids])
+        self._train = index(folder / "train", [f"{each}/images" for each in ids])
         lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
         rows = [line.split("\t")[:2] for line in lines]
         labels = [ids.index(each) for _, each in rows]
@@ -189,7 +189,7 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
         train_folder = "train"
     tests = [test_folder] if test_folder else [name for name in splits if name not in ("train", train_folder)]
     if train_folder is not None:
-        return root / train_folder, _class_folders(root / train_folder), root / tests[0] if tests else None
+        return root / train_folder, class_folders(root / train_folder), root / tests[0] if tests else None
     # No training split: `root` has the classes, and beside them perhaps a test split of the same classes.
     tests = [name for name in tests if set(_folders_in(root / name)) <= {*there} - {*splits}]
     classes = [name for name in there if name not in tests]
@@ -205,14 +205,19 @@ def _folders_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _class_folders(folder: Path) -> list[str]:
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted.
+
+    Raises:
+        InputError: where there are none.
+    """
     names = _folders_in(folder)
     if not names:
         raise InputError(f"`root` has the folder {str(folder)!r}, which holds no class folders.")
     return names
 
 
-def _index(root: Path, folders: Sequence[str]) -> _Files:
+def index(root: Path, folders: Sequence[str]) -> _Files:
     """Return the images of class folders, in order; count what else lies there."""
     suffixes = _image_suffixes()
     chunks: list[pa.Array] = []
@@ -238,13 +243,13 @@ def _index(root: Path, folders: Sequence[str]) -> _Files:
 
 def _index_test(root: Path, train: Path, folders: Sequence[str]) -> _Files:
     """Return the test images, labelled as the training folders are."""
-    there = _class_folders(root)
+    there = class_folders(root)
     unknown = sorted(set(there) - set(folders))
     if unknown:
         raise InputError(
             f"{str(root)!r} has the class folder {unknown[0]!r}, which {str(train)!r} has not; they need the same ones."
         )
-    files = _index(root, there)
+    files = index(root, there)
     labels = np.array([folders.index(folder) for folder in there])
     return _Files(root, files.names, labels[files.targets])
 

@@ -1,0 +1,112 @@
+"""`d4m compare`: several sets of one source, of whatever methods, under one protocol."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from d4m_plugin.cache import make_writable
+from d4m_plugin.card import percent
+from d4m_plugin.devices import default_device
+from d4m_plugin.errors import InputError
+from d4m_plugin.evaluation.arms import Arm, Arms
+from d4m_plugin.evaluation.evaluate import Budget, results_of, steps_of
+from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
+from d4m_plugin.evaluation.sets import open_set
+from d4m_plugin.evaluation.verdict import points_of
+from d4m_plugin.sources import Digits, Source
+from d4m_plugin.teachers import load_teacher
+
+COLUMNS = ("set", "images", "student", "labels", "mean", "std", "random", "difference", "interval", "verdict")
+
+
+def compare(
+    distilled_sets: list[str],
+    source: Source | None = None,
+    output: Path = Path("comparison"),
+    arms: tuple[Arm, ...] = ("distilled", "random"),
+    labels: tuple[Labels, ...] = ("teacher", "hard"),
+    students: tuple[str, ...] = ("convnet",),
+    seeds: int = 3,
+    budget: Budget | int = "quick",
+    batch_size: int = 100,
+    learning_rates: tuple[float, ...] = (1e-3,),
+    teacher: str = "auto",
+    compile: bool = False,
+    num_workers: int = 0,
+    cache_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Judge several distilled sets of one source alike, whoever made them, each against as many random real images.
+
+    Args:
+        distilled_sets: each as for `d4m evaluate`: ours, a repository of the Hub, a folder of images by class, or a .pt
+            file.
+        source: the real images; scikit-learn's digits by default.
+        output: the folder of the table and of a report for each set.
+        arms: what is trained on besides `distilled` and `random`.
+        labels: `teacher` and `hard`.
+        students: `convnet`, or torchvision classifiers such as resnet18.
+        seeds: trainings of each kind.
+        budget: steps of each training, as for `d4m evaluate`, the same for all: with `paper`, of the largest set.
+        batch_size: images a batch.
+        learning_rates: of several, each arm gets the one that is best on a slice of real training images.
+        teacher: as TeacherMatching takes it, but one.
+        compile: compile students and teacher.
+        num_workers: processes that read images.
+        cache_dir: as for D4MDataModule.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        InputError: where an option cannot work, or a set is not of the source.
+    """
+    if len(distilled_sets) < 2:
+        raise InputError(f"`distilled_sets` has {len(distilled_sets)}; name at least two, or use `d4m evaluate`.")
+    source = source or Digits()
+    sets = [open_set(name, source) for name in distilled_sets]
+    protocol = Protocol(
+        arms=arms,
+        labels=labels,
+        students=students,
+        seeds=seeds,
+        steps=steps_of(budget, max(len(each.squares) for each in sets), batch_size),
+        batch_size=batch_size,
+        learning_rates=learning_rates,
+        teacher=teacher,
+    )
+    make_writable(output.resolve(), "output")
+    network = load_teacher(teacher, source, cache_dir).to(default_device()).eval()
+    rows: list[dict[str, Any]] = []
+    for number, each in enumerate(sets):
+        runs = Trainings(Arms(each, source), protocol, output / "runs.jsonl", compile, num_workers).run()
+        folder = output / f"{number + 1}-{each.name}"
+        folder.mkdir(exist_ok=True)
+        results = results_of(each, source, protocol, runs, network, folder)
+        rows += _rows(f"{number + 1} {each.name}", results["table"])
+    with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return {f"{row['set']}, {row['student']}, {row['labels']}": _shown(row) for row in rows} | {
+        "table": output.resolve() / "comparison.csv",
+        "reports": output.resolve(),
+    }
+
+
+def _rows(name: str, table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each student and kind of labels: the set's accuracies, and what random real images reach."""
+    of_random = {(row["student"], row["labels"]): row for row in table if row["arm"] == "random"}
+    rows = []
+    for own in (row for row in table if row["arm"] == "distilled"):
+        other = of_random[own["student"], own["labels"]]
+        row = {"set": name} | {column: own[column] for column in ("images", "student", "labels", "mean", "std")}
+        against = {column: other[column] for column in ("difference", "interval", "verdict")}
+        rows.append(row | {"random": other["mean"]} | against)
+    return rows
+
+
+def _shown(row: dict[str, Any]) -> str:
+    mean = percent(row["mean"], row["std"])
+    points = points_of(row["difference"], row["interval"])
+    return f"{mean} %; against {row['images']} random real images {points}, {row['verdict'] or 'one seed'}"

@@ -1,0 +1,180 @@
+"""`d4m evaluate`: is a distilled set any good? It ends with an answer, whatever the answer is."""
+
+import dataclasses
+import json
+import math
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d4m_plugin.cache import make_writable, written_whole
+from d4m_plugin.card import write_card
+from d4m_plugin.devices import default_device
+from d4m_plugin.distillation import VERSIONS
+from d4m_plugin.distilled import DistilledDataset
+from d4m_plugin.evaluation.arms import Arm, Arms
+from d4m_plugin.evaluation.pictures import features_of, judge, side_by_side
+from d4m_plugin.evaluation.report import write_report
+from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
+from d4m_plugin.evaluation.sets import JudgedSet, open_set
+from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
+from d4m_plugin.hub import without_folders
+from d4m_plugin.preview import grid
+from d4m_plugin.sources import Digits, Source
+from d4m_plugin.sources.images import Resize, to_pixels
+from d4m_plugin.subsets import at_most
+from d4m_plugin.teachers import Teacher, load_teacher, name_of
+
+QUICK = 500  # steps
+PAPER = 500  # passes over the distilled set
+REAL_SAMPLE = 5000  # real training images that the pictures are compared with
+
+Budget = Literal["quick", "paper"]
+
+
+def evaluate(
+    distilled_set: str,
+    source: Source | None = None,
+    output: Path | None = None,
+    config_name: str | None = None,
+    arms: tuple[Arm, ...] = ("distilled", "random", "real"),
+    labels: tuple[Labels, ...] = ("teacher", "hard"),
+    students: tuple[str, ...] = ("convnet",),
+    seeds: int = 3,
+    budget: Budget | int = "quick",
+    batch_size: int = 100,
+    learning_rates: tuple[float, ...] = (1e-3,),
+    teacher: str = "auto",
+    diffusion: str | None = None,
+    compile: bool = False,
+    num_workers: int = 0,
+    cache_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Tell whether a distilled set is better than as many random real images, and how good its pictures are.
+
+    The same students are trained in the same way on each arm's images, and measured on the real test images after the
+    last step. What is done is kept: the same command goes on from there.
+
+    Args:
+        distilled_set: its folder; a dataset repository of the Hub, as user/name; or what another method made: a folder
+            that has one of images for each class, or a .pt file of `images`, shape (N, 3, H, W), and `labels`.
+        source: the real images that it was distilled from; scikit-learn's digits by default.
+        output: the folder of the report; by default `evaluations/` and the set's name.
+        config_name: which of several sets.
+        arms: what is trained on besides `distilled` and `random`: `real` (all images), `nearest` (real images nearest
+            to the prototypes), `decoded` (prototypes through the VAE alone), `generated` (without prototypes),
+            `reconstructed` (random real ones through the VAE).
+        labels: `teacher`, its softened outputs (Training-Time Matching), and `hard`, the images' own.
+        students: `convnet`, or torchvision classifiers such as resnet18.
+        seeds: trainings of each kind, from which the 95 % intervals come.
+        budget: steps of each training: `quick` (500), `paper` (500 passes over the distilled set), or their number.
+        batch_size: images a batch.
+        learning_rates: of several, each arm gets the one that is best on a slice of real training images.
+        teacher: as TeacherMatching takes it, but one; its features judge the pictures.
+        diffusion: where the set's diffusion model lies, for the arms that need it, where it is a folder.
+        compile: compile students and teacher with `torch.compile`: for long trainings.
+        num_workers: processes that read images.
+        cache_dir: as for D4MDataModule.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        InputError: where an option cannot work, or the set is not of the source.
+    """
+    source = source or Digits()
+    judged = open_set(distilled_set, source, config_name)
+    folder = (output or Path("evaluations") / judged.name).resolve()
+    protocol = Protocol(
+        arms=arms,
+        labels=labels,
+        students=students,
+        seeds=seeds,
+        steps=steps_of(budget, len(judged.squares), batch_size),
+        batch_size=batch_size,
+        learning_rates=learning_rates,
+        teacher=teacher,
+    )
+    make_writable(folder, "output")
+    runs = Trainings(Arms(judged, source, diffusion), protocol, folder / "runs.jsonl", compile, num_workers).run()
+    network = load_teacher(teacher, source, cache_dir).to(default_device()).eval()
+    results = results_of(judged, source, protocol, runs, network, folder)
+    verdicts = {f"verdict {n + 1}": sentence for n, sentence in enumerate(results["verdicts"])}
+    return verdicts | {"report": folder / "report.html"}
+
+
+def results_of(
+    judged: JudgedSet,
+    source: Source,
+    protocol: Protocol,
+    runs: Sequence[dict[str, Any]],
+    network: Teacher,
+    folder: Path,
+) -> dict[str, Any]:
+    """Return what the trainings and a network say of a set, written to a folder as a report, and on the set's card."""
+    counts = {arm: len(source.train()) if arm == "real" else len(judged.squares) for arm in protocol.arms}
+    table = table_of(runs, counts)
+    made, labels = judged.squares.pixels, torch.tensor(judged.squares.targets)
+    real, real_labels = _sample(source, judged.image_size, judged.resize)
+    figures = judge(network, name_of(protocol.teacher), made, labels, real, real_labels)
+    results: dict[str, Any] = {
+        "set": {
+            "name": judged.name,
+            "source": source.name,
+            "classes": list(source.classes),
+            "ipc": judged.ipc,
+            "image_size": judged.image_size,
+            "fingerprint": judged.fingerprint,
+        },
+        "protocol": dataclasses.asdict(protocol) | {"teacher": without_folders(name_of(protocol.teacher))},
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in VERSIONS},
+        "device": default_device().type,
+        "runs": runs,
+        "table": table,
+        "verdicts": sentences(table),
+        "ranking": dd_ranking(table, protocol.students[0]),
+        "pictures": figures.as_dict(),
+    }
+    by_class = [made[labels == label] for label in labels.unique().tolist()]
+    names = [source.classes[label] for label in labels.unique().tolist()]
+    pictures = {
+        "distilled": grid(by_class, names),
+        "nearest real": side_by_side(made, real, figures.nearest, figures.nearest_distance),
+    }
+    dataset = judged.dataset
+    if dataset and (decoded := dataset.folder / "prototypes.png").exists():
+        pictures["prototypes"] = Image.open(decoded)
+    of_made, of_real = features_of(network, made)[0], features_of(network, real)[0]
+    write_report(results, folder, pictures, (of_made, labels, of_real, real_labels))
+    if dataset and dataset.revision is None:
+        _record(dataset, results)
+    return results
+
+
+def steps_of(budget: Budget | int, images: int, batch_size: int) -> int:
+    """Return the steps of a training on so many images in batches of a size."""
+    if budget == "quick":
+        return QUICK
+    return PAPER * math.ceil(images / batch_size) if budget == "paper" else int(budget)
+
+
+def _sample(source: Source, size: int, resize: Resize) -> tuple[Tensor, Tensor]:
+    """Return real training images, at most 5,000 of all classes together, as squares, and their labels."""
+    chosen = at_most(source.train(), max(1, REAL_SAMPLE // len(source.classes)), seed=0)
+    pixels = torch.stack([to_pixels(chosen[index][0], size, resize) for index in range(len(chosen))])
+    return pixels, torch.as_tensor(chosen.targets)
+
+
+def _record(dataset: DistilledDataset, results: dict[str, Any]) -> None:
+    """Put the verdict in the set's record and on its card."""
+    kept = {name: results[name] for name in ("verdicts", "table", "protocol")}
+    metadata = dataset.metadata | {"results": kept}
+    with written_whole(dataset.folder / "d4m.json") as path:
+        path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+    write_card(Path(dataset.root), dataset.folder.name, metadata)

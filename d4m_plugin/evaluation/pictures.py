@@ -1,0 +1,268 @@
+"""Quality, diversity and privacy of distilled pictures, measured by a network that each figure is named after."""
+
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from d4m_plugin.errors import InputError
+from d4m_plugin.preview import grid
+from d4m_plugin.teachers import name_of
+
+NEIGHBOURS = 5  # real ones in the ball around a real image; the authors' choice
+SUBSET = 100  # features of each side in one estimate of the kernel distance
+MOST_FEATURES = 4096  # of which the Fréchet distance is computed: half a minute on two cores
+HELD = 2**24  # distances in memory at once: 128 MB
+
+
+@dataclass(frozen=True)
+class PictureFigures:
+    """What a network's features say of distilled images beside real ones.
+
+    Attributes:
+        network: what the features are of; figures of unlike networks cannot be compared.
+        frechet_distance: FID; of fewer images than features it is too large, so compare sets of one size only. None of
+            more features than 4,096, with whose cube its time grows.
+        kernel_distance: KID, which does not depend on the number of images.
+        inception_score: IS, from 1 to the number of classes.
+        agreement: share of the distilled images that the network names as their label says.
+        real_agreement: the same of the real images, to compare it with.
+        coverage: share of the real images that have a distilled one among their neighbours.
+        near_copies: number of distilled images that are very near to a real one.
+        blank: number of distilled images of one colour.
+        nearest: index of the real image nearest to each distilled one, int64, shape (N,).
+        nearest_distance: how far that is, in [0, 2], float32, shape (N,).
+    """
+
+    network: str
+    frechet_distance: float | None
+    kernel_distance: float
+    inception_score: float
+    agreement: float
+    real_agreement: float
+    coverage: float
+    near_copies: int
+    blank: int
+    nearest: Tensor
+    nearest_distance: Tensor
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON can hold them."""
+        return {name: each.tolist() if isinstance(each, Tensor) else each for name, each in vars(self).items()}
+
+
+def judge(
+    network: nn.Module,
+    name: str,
+    made: Tensor,
+    made_labels: Tensor,
+    real: Tensor,
+    real_labels: Tensor,
+    seed: int = 0,
+) -> PictureFigures:
+    """Return the figures of distilled images.
+
+    Args:
+        network: a classifier in evaluation mode, such as a Teacher; see `features_of`.
+        name: what the figures name it.
+        made: the distilled images, uint8, shape (N, 3, H, W).
+        made_labels: their labels, int64, shape (N,).
+        real: real training images, uint8, shape (M, 3, H, W).
+        real_labels: their labels, int64, shape (M,).
+        seed: decides the subsets of the kernel distance.
+
+    Raises:
+        InputError: where there are fewer than two images of either, or the network has no features.
+    """
+    for option, images in (("made", made), ("real", real)):
+        if len(images) < 2:
+            raise InputError(f"`{option}` has {len(images)} images; at least 2 can be judged.")
+    made_features, made_logits = features_of(network, made)
+    real_features, real_logits = features_of(network, real)
+    made_points, real_points = F.normalize(made_features.double()), F.normalize(real_features.double())
+    wide = made_features.shape[1]
+    distances, indices = neighbours(made_points, real_points)
+    own, _ = neighbours(real_points, real_points, min(NEIGHBOURS, len(real) - 1), same=True)
+    return PictureFigures(
+        network=name,
+        frechet_distance=frechet_distance(made_features, real_features) if wide <= MOST_FEATURES else None,
+        kernel_distance=kernel_distance(made_features, real_features, seed),
+        inception_score=inception_score(made_logits),
+        agreement=agreement(made_logits, made_labels),
+        real_agreement=agreement(real_logits, real_labels),
+        coverage=coverage(neighbours(real_points, made_points)[0][:, 0], own[:, -1]),
+        near_copies=near_copies(distances[:, 0], own[:, 0]),
+        blank=blank(made),
+        nearest=indices[:, 0],
+        nearest_distance=distances[:, 0].float(),
+    )
+
+
+def features_of(network: nn.Module, images: Tensor, batch_size: int = 100) -> tuple[Tensor, Tensor]:
+    """Return features and logits of images.
+
+    The features are what enters the last linear layer that is run.
+
+    Args:
+        network: a classifier in evaluation mode of images in [0, 1]; on any device.
+        images: uint8, shape (N, 3, H, W).
+        batch_size: images that the network takes at once.
+
+    Returns:
+        The features, float32, shape (N, D), and the logits, float32, shape (N, C), on the CPU.
+
+    Raises:
+        InputError: where no linear layer is run.
+    """
+    last: deque[Tensor] = deque(maxlen=1)
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    hooks = [linear.register_forward_pre_hook(lambda module, inputs: last.append(inputs[0])) for linear in linears]
+    device = next(network.parameters(), images).device
+    features, logits = [], []
+    try:
+        for batch in images.split(batch_size):
+            with torch.inference_mode():
+                output = network(batch.to(device) / 255)
+            if not last:
+                raise InputError(
+                    f"the pictures cannot be judged by {name_of(network)}: it has no linear layer, whose input its "
+                    "features would be; use another `teacher`."
+                )
+            features.append(last.pop().flatten(1).float().cpu())
+            logits.append(output.float().cpu())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(features), torch.cat(logits)
+
+
+class _Given(nn.Identity):
+    """Stands in for the network that torchmetrics would run, where the features are there already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
+@contextmanager
+def _apart(seed: int) -> Iterator[None]:
+    """Keep what torchmetrics draws and warns of from the rest of the program."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerator too
+        yield
+
+
+def frechet_distance(made: Tensor, real: Tensor) -> float:
+    """Return the Fréchet distance (FID) of features, float, shapes (N, D) and (M, D), in double precision."""
+    metric = FrechetInceptionDistance(_Given(made.shape[1]))
+    metric.update(made.double(), real=False)
+    metric.update(real.double(), real=True)
+    return float(metric.compute())
+
+
+def kernel_distance(made: Tensor, real: Tensor, seed: int = 0) -> float:
+    """Return the kernel distance (KID) of features, float, shapes (N, D) and (M, D).
+
+    The unbiased estimate with the cubic kernel, the mean of 100 subsets of 100 features of each, or of as many as there
+    are of the fewer.
+    """
+    with _apart(seed):
+        metric = KernelInceptionDistance(_Given(made.shape[1]), subset_size=min(SUBSET, len(made), len(real)))
+        metric.update(made.double(), real=False)
+        metric.update(real.double(), real=True)
+        return float(metric.compute()[0])
+
+
+def inception_score(logits: Tensor) -> float:
+    """Return the inception score (IS) of all images at once; logits, float, shape (N, C).
+
+    Splits, of which the score is the mean elsewhere, would hold too few images of a distilled set.
+    """
+    with _apart(0):
+        metric = InceptionScore(_Given(logits.shape[1]), splits=1)
+        metric.update(logits.double())  # a float32 probability that underflows would make it NaN
+        return float(metric.compute()[0])
+
+
+def neighbours(
+    points: Tensor, others: Tensor, count: int = 1, same: bool = False, held: int = HELD
+) -> tuple[Tensor, Tensor]:
+    """Return the distances to the nearest of other points, and their indices, the nearest first.
+
+    Args:
+        points: float64, as float32 cannot tell a copy from an image near to it; shape (N, D).
+        others: float64, shape (M, D), M >= count.
+        count: how many.
+        same: the others are the points, of which none is its own neighbour; then M > count.
+        held: distances that are in memory at once, though never fewer than of one point.
+
+    Returns:
+        The distances, float64, and the indices, int64, both of shape (N, count).
+    """
+    distances, indices = [], []
+    rows = max(1, held // len(others))
+    for start in range(0, len(points), rows):
+        between = torch.cdist(points[start : start + rows], others)
+        if same:
+            between.diagonal(start).fill_(torch.inf)
+        nearest = between.topk(count, largest=False)
+        distances.append(nearest.values)
+        indices.append(nearest.indices)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def near_copies(distances: Tensor, own: Tensor) -> int:
+    """Return how many distilled images are nearer to a real one than 99 % of the real are to another real one.
+
+    Args:
+        distances: from each distilled image to its nearest real one, shape (N,).
+        own: from each real image to its nearest other real one, shape (M,).
+    """
+    farther = len(own) - torch.searchsorted(own.sort().values, distances, right=True)
+    return int((100 * farther >= 99 * len(own)).sum())
+
+
+def coverage(distances: Tensor, radii: Tensor) -> float:
+    """Return the share of the real images in whose ball a distilled image lies (Naeem et al., arXiv:2002.09797).
+
+    Args:
+        distances: from each real image to its nearest distilled one, shape (M,).
+        radii: from each real image to its fifth nearest other real one, shape (M,).
+    """
+    return float((distances < radii).double().mean())
+
+
+def blank(images: Tensor) -> int:
+    """Return how many images, uint8, shape (N, 3, H, W), are of one colour."""
+    pixels = images.flatten(2)
+    return int((pixels == pixels[:, :, :1]).flatten(1).all(1).sum())
+
+
+def agreement(logits: Tensor, labels: Tensor) -> float:
+    """Return the share of images whose greatest logit, of shape (N, C), is that of their label, int64, shape (N,)."""
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def side_by_side(made: Tensor, real: Tensor, nearest: Tensor, distances: Tensor, count: int = 20) -> Image.Image:
+    """Return a picture of the distilled images that are nearest to a real one, each left of it, with the distance.
+
+    Args:
+        made: the distilled images, uint8, shape (N, 3, H, H).
+        real: the real ones, uint8, shape (M, 3, H, H).
+        nearest: index of the real image nearest to each distilled one, int64, shape (N,).
+        distances: how far that is, shape (N,).
+        count: how many are shown, at most 50.
+    """
+    first = distances.argsort(stable=True)[:count]
+    pairs = torch.stack([made[first], real[nearest[first]]], 1)
+    return grid(list(pairs), [f"{distance:.3f}" for distance in distances[first].tolist()])

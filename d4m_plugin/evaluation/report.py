@@ -1,0 +1,193 @@
+"""The report of an evaluation: one folder of figures, tables, and a page that holds them all."""
+
+import base64
+import csv
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from d4m_plugin.cache import written_whole
+from d4m_plugin.card import percent
+from d4m_plugin.evaluation.figures import Features, draw_all
+from d4m_plugin.evaluation.verdict import points_of
+
+COLUMNS = ("student", "labels", "arm", "images", "mean", "std", "seeds", "difference", "interval", "verdict")
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #f3f4f6; --line: #d5d9de; --good: #1a7f37;
+  --bad: #b3261e; --open: #8a6100; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #15181c; --soft: #20252b; --line: #3a4048;
+  --good: #57c97b; --bad: #ff8a80; --open: #e3b341; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; color: var(--ink); background: var(--paper);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.5rem; font-size: 1.2rem; }
+.verdict { margin: .6rem 0; padding: .8rem 1rem; border-left: .4rem solid var(--open); background: var(--soft);
+  font-size: 1.1rem; }
+.better { border-color: var(--good); } .worse { border-color: var(--bad); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
+dl { display: grid; grid-template-columns: minmax(0, auto) minmax(0, 1fr); gap: .3rem 1rem; } dd { margin: 0; }
+dt { font-weight: 600; }
+tr.ours { background: var(--soft); font-weight: 600; }
+figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
+figcaption { font-size: .9rem; }
+code { background: var(--soft); padding: .1rem .3rem; border-radius: .3rem; }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+WHAT_ARMS_ARE = {
+    "distilled": "the set",
+    "random": "as many real images a class, drawn anew for each seed",
+    "nearest": "the real images nearest to the prototypes",
+    "decoded": "the prototypes through the VAE alone",
+    "generated": "as many images of the model, without prototypes",
+    "reconstructed": "random real images through the VAE and back",
+    "real": "all real training images",
+}
+
+UNDER_THE_TABLE = (
+    "Mean ± standard deviation over the seeds. Differences are paired by seed, with their 95 % interval: where it "
+    "holds zero, the two are not separable."
+)
+
+WHAT_FIGURES_SAY = {
+    "frechet_distance": ("Fréchet distance (FID)", "to the real images, 0 is best; compare sets of one size only"),
+    "kernel_distance": ("Kernel distance (KID)", "to the real images, 0 is best"),
+    "inception_score": ("Inception score (IS)", "from 1 to the number of classes"),
+    "agreement": ("Named as their label", "share of the distilled images"),
+    "real_agreement": ("Real images named rightly", "share of the real images, for comparison"),
+    "coverage": ("Coverage", "share of the real images that have a distilled one among their five nearest"),
+    "near_copies": ("Near copies", "images nearer to a real one than 99 % of real images are to another"),
+    "blank": ("Blank", "images of one colour"),
+}
+
+SCORES = {
+    "HLR": "what hard labels lose against all real images; less is better",
+    "IOR": "what the set gains on random real images, by the teacher's labels; more is better",
+    "LRS": "both in one, from 0 to 1; more is better",
+}
+
+
+def write_report(
+    results: dict[str, Any], folder: Path, pictures: dict[str, Image.Image], features: Features | None = None
+) -> Path:
+    """Write results.json, results.csv (shares), the figures and report.html, and return the last.
+
+    Args:
+        results: what was measured.
+        folder: where it goes.
+        pictures: to be shown, by their captions.
+        features: for the t-SNE: of distilled images, (N, D), their labels, of real ones, and theirs.
+    """
+    with written_whole(folder / "results.json") as path:
+        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(results["table"])
+    drawn = {caption: Image.open(folder / name) for name, caption in draw_all(results, folder, features).items()}
+    with written_whole(folder / "report.html") as path:
+        path.write_text(_page(results, drawn, pictures), encoding="utf-8")
+    return folder / "report.html"
+
+
+def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: dict[str, Image.Image]) -> str:
+    judged, protocol = results["set"], results["protocol"]
+    title = html.escape(f"{judged['name']}: is it better than random real images?")
+    size = f"{judged['ipc']} images a class of {len(judged['classes'])} classes, {judged['image_size']} pixels"
+    parts = [
+        f"<h1>{title}</h1>",
+        f"<p>A distilled set of {html.escape(judged['source'])}: {size}.</p>",
+        *_verdicts(results),
+        "<h2>Accuracy on the real test images</h2>",
+        _table(results["table"]),
+        *(_figure(caption, picture) for caption, picture in drawn.items()),
+        "<h2>Pictures</h2>",
+        *(_figure(caption, picture) for caption, picture in pictures.items()),
+        *_section(
+            f"What the features of {results['pictures'].get('network', 'a network')} say of the pictures",
+            {
+                name: f"{_number(results['pictures'][key])}: {what}"
+                for key, (name, what) in WHAT_FIGURES_SAY.items()
+                if results["pictures"].get(key) is not None
+            },
+        ),
+        *_section("DD-Ranking", {name: f"{score:.3f}: {SCORES[name]}" for name, score in results["ranking"].items()}),
+        *_section("What was trained on", {arm: WHAT_ARMS_ARE[arm] for arm in protocol["arms"]}),
+        *_section("Alike for all", _alike(protocol)),
+        *_section("Made with", results["versions"] | {"device": results["device"]}),
+    ]
+    return PAGE.format(title=title, style=STYLE, body="\n".join(parts))
+
+
+def _verdicts(results: dict[str, Any]) -> list[str]:
+    return [
+        f'<p class="verdict {verdict if verdict in ("better", "worse") else ""}">{html.escape(sentence)}</p>'
+        for sentence, verdict in results["verdicts"].items()
+    ]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    names = ("student", "labels", "trained on", "images", "accuracy, %", "distilled against it", "distilled is")
+    lines = []
+    for row in rows:
+        against = "" if row["difference"] is None else points_of(row["difference"], row["interval"])
+        cells = [row["student"], row["labels"], row["arm"], f"{row['images']:,}", percent(row["mean"], row["std"])]
+        cells += [against, row["verdict"] or ""]
+        ours = ' class="ours"' if row["arm"] == "distilled" else ""
+        lines.append(f"<tr{ours}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>\n")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody></table>"
+    return f'<div class="scroll">{table}</div>\n<p>{UNDER_THE_TABLE}</p>'
+
+
+def _figure(caption: str, picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    text = html.escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def _section(title: str, rows: dict[str, Any]) -> list[str]:
+    if not rows:
+        return []
+    lines = "\n".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in rows.items())
+    return [f"<h2>{html.escape(title)}</h2>", f"<dl>\n{lines}\n</dl>"]
+
+
+def _alike(protocol: dict[str, Any]) -> dict[str, Any]:
+    rates = ", ".join(f"{rate:g}" for rate in protocol["learning_rates"])
+    if len(protocol["learning_rates"]) > 1:
+        rates += ": each arm has the best on a slice of real training images, by the first seed"
+    return {
+        "steps": f"{protocol['steps']:,} of {protocol['batch_size']} images; the last one counts",
+        "seeds": f"{protocol['seeds']}, of the student's weights, the batches and the random images",
+        "learning rate": rates,
+        "teacher": protocol["teacher"],
+        "augmentation": "random crops, flips where the source allows them; with the teacher's labels, CutMix too",
+    }
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

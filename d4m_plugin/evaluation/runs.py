@@ -1,0 +1,273 @@
+"""One training for each arm, kind of labels, student and seed, alike in all but the images; each is done once."""
+
+import dataclasses
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from d4m_plugin.callbacks import TeacherMatching
+from d4m_plugin.datamodules import D4MDataModule
+from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
+from d4m_plugin.errors import InputError
+from d4m_plugin.evaluation.arms import ARMS, Arm, Arms, slice_of
+from d4m_plugin.models.classifier import ImageClassifier
+from d4m_plugin.sources import LabelledImages
+
+Labels = Literal["teacher", "hard"]
+CURVE = 50  # points of a training curve
+SLICE = 1000  # real training images, of all classes together, by which a learning rate is chosen
+MOST_CLASSES = 100  # whose confusion is kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What all trainings of an evaluation have in common, and in what they differ.
+
+    Args:
+        arms: what is trained on; `distilled` and `random` always are.
+        labels: the teacher's (Training-Time Matching) or the images' own.
+        students: `convnet`, or torchvision classifiers such as resnet18.
+        seeds: trainings of each kind. A seed decides the student's weights, the batches, and the draw of `random`.
+        steps: updates of each training.
+        batch_size: images a batch.
+        learning_rates: of several, each arm gets the one that does best, at the first seed, on a slice of real training
+            images that it does not train on; never on the test images.
+        teacher: as TeacherMatching takes it.
+
+    Raises:
+        InputError: where a value cannot work.
+    """
+
+    arms: tuple[Arm, ...]
+    labels: tuple[Labels, ...]
+    students: tuple[str, ...]
+    seeds: int
+    steps: int
+    batch_size: int
+    learning_rates: tuple[float, ...]
+    teacher: str
+
+    def __post_init__(self) -> None:
+        for name, known in (("arms", ARMS), ("labels", get_args(Labels))):
+            given = getattr(self, name)
+            if unknown := [each for each in given if each not in known]:
+                raise InputError(f"`{name}` has {unknown[0]!r}; use {', '.join(known)}.")
+        for name in ("labels", "students", "learning_rates"):
+            if not getattr(self, name):
+                raise InputError(f"`{name}` is empty; name at least one.")
+        for name in ("seeds", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        if wrong := [rate for rate in self.learning_rates if not rate > 0]:
+            raise InputError(f"`learning_rates` has {wrong[0]}; they must be above 0.")
+        always: tuple[Arm, ...] = ("distilled", "random")
+        object.__setattr__(self, "arms", tuple(dict.fromkeys([*always, *self.arms])))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training.
+
+    Attributes:
+        arm: what is trained on.
+        labels: the teacher's or the images' own.
+        student: its name.
+        seed: of weights, batches and draw.
+        lr: the first learning rate.
+        choosing: whether it is tried on the slice of training images, to choose a learning rate, and not tested.
+    """
+
+    arm: Arm
+    labels: Labels
+    student: str
+    seed: int
+    lr: float
+    choosing: bool = False
+
+    def __str__(self) -> str:
+        rate = f", rate {self.lr:g}" if self.choosing else ""
+        return f"{self.student}, {self.arm}, {self.labels} labels, seed {self.seed}{rate}"
+
+
+class Trainings:
+    """Makes the trainings of a protocol that are not recorded yet, and records each when it is done.
+
+    Args:
+        arms: the images.
+        protocol: the rest.
+        record: a file of a line of JSON for each training; what is there under the same protocol is not done again.
+        compile: compile student and teacher.
+        num_workers: processes that read images that do not fit in memory.
+    """
+
+    def __init__(
+        self, arms: Arms, protocol: Protocol, record: Path, compile: bool = False, num_workers: int = 0
+    ) -> None:
+        self.arms, self.protocol, self.record = arms, protocol, record
+        self.compile, self.num_workers = compile, num_workers
+        judged = arms.judged
+        self._decides = {
+            "source": arms.source.fingerprint,
+            "squares": [judged.image_size, judged.resize, judged.ipc],
+            "steps": protocol.steps,
+            "batch_size": protocol.batch_size,
+        }
+        self._done: dict[str, dict[str, Any]] = {}
+        self._made: dict[Arm, LabelledImages] = {}
+        self._slice: tuple[Tensor, Tensor] | None = None
+        if record.exists():
+            *lines, broken = record.read_text(encoding="utf-8").split("\n")
+            if broken:  # a kill while it was written
+                record.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            self._done = {row["key"]: row for row in map(json.loads, lines)}
+
+    def run(self, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Return what each training gave: arm, labels, student, seed, lr, accuracy and more.
+
+        Args:
+            seeds: of some seeds; of all by default.
+        """
+        protocol = self.protocol
+        seeds = range(protocol.seeds) if seeds is None else seeds
+        kinds = [
+            Run(arm=arm, labels=labels, student=student, seed=0, lr=protocol.learning_rates[0])
+            for student in protocol.students
+            for labels in protocol.labels
+            for arm in protocol.arms
+        ]
+        tries = len(protocol.learning_rates) if len(protocol.learning_rates) > 1 else 0
+        steps = len(kinds) * (tries + len(seeds)) * protocol.steps
+        with _quiet(), tqdm(total=steps, desc="Training", unit=" steps", dynamic_ncols=True) as bar:
+            rates = {kind: self._best_rate(kind, bar) if tries else kind.lr for kind in kinds}
+            return [
+                self._result(dataclasses.replace(kind, seed=seed, lr=rates[kind]), bar)
+                for seed in seeds
+                for kind in kinds
+            ]
+
+    def _best_rate(self, kind: Run, bar: "tqdm[Any]") -> float:
+        tried = {
+            lr: self._result(dataclasses.replace(kind, lr=lr, choosing=True), bar)["accuracy"]
+            for lr in self.protocol.learning_rates
+        }
+        return max(tried, key=lambda lr: tried[lr])
+
+    def _result(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
+        teacher = self.protocol.teacher if run.labels == "teacher" else None
+        of_set = None if run.arm in ("random", "real") else self.arms.judged.fingerprint
+        decides = self._decides | {"set": of_set, "teacher": teacher} | dataclasses.asdict(run)
+        key = json.dumps(decides, sort_keys=True)
+        if key not in self._done:
+            bar.set_postfix_str(str(run))
+            started = time.perf_counter()
+            row = dataclasses.asdict(run) | self._train(run, bar)
+            row |= {"seconds": round(time.perf_counter() - started, 1), "key": key}
+            with self.record.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(row)}\n")
+            self._done[key] = row
+        else:
+            bar.update(self.protocol.steps)
+        return {name: value for name, value in self._done[key].items() if name not in ("key", "choosing")}
+
+    def _train(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
+        judged, protocol = self.arms.judged, self.protocol
+        L.seed_everything(run.seed, verbose=False)
+        data = D4MDataModule(
+            self.arms.source,
+            train_on="real" if run.arm == "real" else "random",
+            batch_size=protocol.batch_size,
+            num_workers=self.num_workers,
+            ipc=judged.ipc,
+            image_size=judged.image_size,
+            resize=judged.resize,
+            seed=run.seed,
+        )
+        if run.arm not in ("real", "random"):
+            data.training_set = self._images(run.arm, run.seed)
+        student = ImageClassifier(data.num_classes, data.image_size, run.student, run.lr, compile=self.compile)
+        curve = _Curve(protocol.steps, bar)
+        teacher = protocol.teacher if run.labels == "teacher" else None
+        trainer = L.Trainer(
+            max_steps=protocol.steps,
+            devices=1,
+            precision=trainer_precision(),
+            callbacks=[TeacherMatching(teacher, compile_teacher=self.compile), curve],
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(student, datamodule=data)
+        if run.choosing:
+            named, labels = self._named_of_the_slice(student, data)
+        else:
+            named = torch.cat(trainer.predict(student, datamodule=data))  # type: ignore[arg-type]  # labels, as tensors
+            labels = torch.as_tensor(self.arms.source.test().targets)
+        confusion = (labels * data.num_classes + named).bincount(minlength=data.num_classes**2)
+        return {
+            "accuracy": round((named == labels).float().mean().item(), 6),
+            "confusion": confusion.view(data.num_classes, -1).tolist() if data.num_classes <= MOST_CLASSES else None,
+            "losses": curve.points,
+        }
+
+    def _images(self, arm: Arm, seed: int) -> LabelledImages:
+        """Return the images of an arm, those that no seed changes made once."""
+        if arm == "reconstructed":
+            return self.arms.images(arm, seed)
+        if arm not in self._made:
+            self._made[arm] = self.arms.images(arm, seed)
+        return self._made[arm]
+
+    @torch.inference_mode()
+    def _named_of_the_slice(self, student: ImageClassifier, data: D4MDataModule) -> tuple[Tensor, Tensor]:
+        if self._slice is None:
+            per_class = max(1, SLICE // data.num_classes)
+            self._slice = slice_of(self.arms.source, data.image_size, self.arms.judged.resize, per_class)
+        pixels, labels = self._slice
+        device = default_device()
+        student.to(device).eval()
+        with autocast(device, compute_dtype(device)):
+            named = [
+                student(data.normalised(batch.to(device))).argmax(1) for batch in pixels.split(self.protocol.batch_size)
+            ]
+        return torch.cat(named).cpu(), labels
+
+
+class _Curve(L.Callback):
+    """Notes the loss of some steps, and moves the bar of all trainings on."""
+
+    def __init__(self, steps: int, bar: "tqdm[Any]") -> None:
+        self.every, self.bar = max(1, steps // CURVE), bar
+        self.points: list[list[float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        """Note a step."""
+        if trainer.global_step % self.every == 0:
+            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+            self.points.append([trainer.global_step, float(f"{float(loss):.4g}")])
+        self.bar.update(1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning from saying of each training what it says of one."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,147 @@
+"""The set that is judged: one of ours, or images that any other method distilled."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from d4m_plugin.distilled import DistilledDataset
+from d4m_plugin.errors import InputError
+from d4m_plugin.preview import to_pil
+from d4m_plugin.recipe import Recipe
+from d4m_plugin.sharing import OthersSet, find_set, labels_of
+from d4m_plugin.sources import LabelledImages, Source
+from d4m_plugin.sources.folders import class_folders, index
+from d4m_plugin.sources.images import Resize, to_pixels
+from d4m_plugin.sources.names import readable
+
+
+class Squares:
+    """Images in memory as a dataset.
+
+    Args:
+        pixels: uint8, shape (N, 3, H, H).
+        targets: the label of each.
+    """
+
+    def __init__(self, pixels: Tensor, targets: Sequence[int]) -> None:
+        self.pixels, self.targets = pixels, list(targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return to_pil(self.pixels[index]), self.targets[index]
+
+
+@dataclass(frozen=True)
+class JudgedSet:
+    """A distilled set.
+
+    Attributes:
+        name: what the report calls it.
+        squares: its images and labels, those of the source's classes.
+        ipc: images per class, of the fullest class where they differ.
+        image_size: edge in pixels of what students see.
+        resize: how real images that are not square become so.
+        fingerprint: tells it from others.
+        dataset: itself, where it is one of ours.
+    """
+
+    name: str
+    squares: Squares
+    ipc: int
+    image_size: int
+    resize: Resize
+    fingerprint: str
+    dataset: DistilledDataset | None = None
+
+
+def open_set(name: str, source: Source, config_name: str | None = None) -> JudgedSet:
+    """Return a distilled set of a source.
+
+    Args:
+        name: a folder of ours; a dataset repository of the Hub, as user/name, ours or another's; a folder that has one
+            of images for each class; or a .pt file of a dict of `images`, uint8 or float in [0, 1], shape (N, 3, H, W),
+            and `labels`, int64, shape (N,), or of the two as a pair.
+        source: the real images that it was distilled from.
+        config_name: which of several sets.
+
+    Raises:
+        InputError: where there is no such set, or its classes are not the source's.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        found = find_set(source, Recipe(), name, config_name)
+        if isinstance(found, OthersSet):
+            return _others(name.replace("/", "-"), found, source)
+        if found is None:
+            raise InputError(f"`distilled_set` is {name!r}: no folder here, and no dataset of the Hub.")
+        return ours(found, source)
+    if path.is_file():
+        return _of_a_file(path, source)
+    if any(path.glob("*/d4m.json")):
+        return ours(DistilledDataset(path.resolve(), config_name), source)
+    folders = class_folders(path)
+    files = index(path, folders)
+    label_of = labels_of([readable(folder) for folder in folders], source, str(path))
+    return _others(path.resolve().name, OthersSet(files, label_of), source)
+
+
+def ours(dataset: DistilledDataset, source: Source) -> JudgedSet:
+    """Return a set of ours.
+
+    Raises:
+        InputError: where its classes are not the source's.
+    """
+    if dataset.classes != list(source.classes):
+        raise InputError(f"`source` is {source.name}, whose classes are not those of the distilled set.")
+    return JudgedSet(
+        name=f"{dataset.metadata['source']['name']}-{dataset.folder.name}",
+        squares=Squares(dataset.images, dataset.targets),
+        ipc=dataset.recipe["ipc"],
+        image_size=dataset.recipe["image_size"],
+        resize=dataset.recipe["resize"],
+        fingerprint=dataset.metadata["fingerprint"],
+        dataset=dataset,
+    )
+
+
+def _of_a_file(path: Path, source: Source) -> JudgedSet:
+    try:
+        held: Any = torch.load(path, map_location="cpu", weights_only=True)
+        images, labels = (held["images"], held["labels"]) if isinstance(held, dict) else held
+        labels = labels.long().flatten()
+    except Exception as error:  # torch and pickle raise all kinds for a file that is something else
+        raise InputError(
+            f"`distilled_set` is {str(path)!r}, which does not hold tensors of `images` and `labels`."
+        ) from error
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(labels):
+        raise InputError(f"`distilled_set` is {str(path)!r}, whose images are of shape {tuple(images.shape)}.")
+    if images.is_floating_point():
+        if images.min() < 0 or images.max() > 1:
+            raise InputError(f"`distilled_set` is {str(path)!r}, whose images leave [0, 1]; undo the normalisation.")
+        images = (images * 255).round()
+    if labels.min() < 0 or labels.max() >= len(source.classes):
+        raise InputError(f"`distilled_set` is {str(path)!r}, whose labels leave [0, {len(source.classes)}).")
+    return _others(path.stem, Squares(images.to(torch.uint8), labels.tolist()), source)
+
+
+def _others(name: str, images: LabelledImages, source: Source) -> JudgedSet:
+    size = source.image_size
+    pixels = torch.stack([to_pixels(images[index][0], size) for index in range(len(images))])
+    counts = torch.as_tensor(images.targets).bincount(minlength=len(source.classes))
+    digest = hashlib.sha256(pixels.numpy().tobytes() + bytes(str(list(images.targets)), "ascii"))
+    return JudgedSet(
+        name=name,
+        squares=Squares(pixels, [int(label) for label in images.targets]),
+        ipc=int(counts.max()),
+        image_size=size,
+        resize="crop",
+        fingerprint=digest.hexdigest()[:12],
+    )

@@ -1,0 +1,199 @@
+"""`d4m sweep`: how the student's accuracy depends on an option of the recipe, as in the paper's supplement."""
+
+import csv
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import ttest_ind
+
+from d4m_plugin.cache import make_writable
+from d4m_plugin.distillation import BLOCK, distill
+from d4m_plugin.distilled import DistilledDataset
+from d4m_plugin.errors import InputError
+from d4m_plugin.evaluation.arms import Arms
+from d4m_plugin.evaluation.evaluate import Budget, steps_of
+from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
+from d4m_plugin.evaluation.sets import ours
+from d4m_plugin.evaluation.verdict import interval
+from d4m_plugin.preview import grid
+from d4m_plugin.recipe import Recipe
+from d4m_plugin.sources import Digits, Source
+
+Setting = dict[str, Any]  # the options that differ, by name
+SHOWN = 10  # images of a setting, in the picture
+
+
+def sweep(
+    source: Source | None = None,
+    output: Path = Path("sweep"),
+    strength: tuple[float, ...] = (),
+    guidance_scale: tuple[float, ...] = (),
+    prototypes: tuple[int, ...] = (),
+    num_inference_steps: tuple[int, ...] = (),
+    ipc: int = 10,
+    recipe: dict[str, Any] | None = None,
+    labels: tuple[Labels, ...] = ("teacher", "hard"),
+    student: str = "convnet",
+    seeds: int = 3,
+    budget: Budget | int = "quick",
+    batch_size: int = 100,
+    lr: float = 1e-3,
+    teacher: str = "auto",
+    distill_batch_size: int = BLOCK,
+    compile: bool = False,
+    num_workers: int = 0,
+    cache_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Distil under each of some settings, train on each set, and draw how the accuracy depends on them.
+
+    A seed decides a set and the training on it, so the intervals are of both. The real images are encoded once; sets
+    and trainings that are done are not made again.
+
+    Args:
+        source: the real images; scikit-learn's digits by default.
+        output: the folder of the figures.
+        strength: values to try; of several options that are given, all combinations.
+        guidance_scale: values to try.
+        prototypes: values to try, divisors of `ipc`.
+        num_inference_steps: values to try.
+        ipc: images per class.
+        recipe: other options of the Recipe, the same for all.
+        labels: `teacher` and `hard`.
+        student: whose accuracy.
+        seeds: sets and trainings of each setting.
+        budget: steps of each training, as for `d4m evaluate`.
+        batch_size: images a batch.
+        lr: the first learning rate.
+        teacher: as TeacherMatching takes it, but one.
+        distill_batch_size: images that the diffusion model takes at once.
+        compile: compile student and teacher.
+        num_workers: processes that read images.
+        cache_dir: as for D4MDataModule.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        InputError: where an option cannot work, or no option has values.
+    """
+    source = source or Digits()
+    given: dict[str, Sequence[Any]] = {
+        "strength": strength,
+        "guidance_scale": guidance_scale,
+        "prototypes": prototypes,
+        "num_inference_steps": num_inference_steps,
+    }
+    varied = {name: values for name, values in given.items() if values}
+    if not varied:
+        raise InputError(f"nothing is varied; give values of {', '.join(f'`{name}`' for name in given)}.")
+    settings: list[Setting] = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
+    recipes = [Recipe(**({"ipc": ipc} | (recipe or {}) | setting)) for setting in settings]
+    steps = steps_of(budget, ipc * len(source.classes), batch_size)
+    protocol = Protocol(
+        arms=(),
+        labels=labels,
+        students=(student,),
+        seeds=1,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rates=(lr,),
+        teacher=teacher,
+    )
+    make_writable(output.resolve(), "output")
+    sets: list[DistilledDataset] = []
+    accuracies: dict[tuple[int, Labels], list[float]] = {}
+    of_random: dict[Labels, list[float]] = {}
+    for seed in range(seeds):
+        for number, each in enumerate(recipes):
+            made = distill(
+                source,
+                dataclasses.replace(each, seed=seed),
+                cache_dir=cache_dir,
+                batch_size=distill_batch_size,
+                num_workers=num_workers,
+                keep_latents=True,
+            )
+            if seed == 0:
+                sets.append(made)
+            arms = Arms(ours(made, source), source)
+            for run in Trainings(arms, protocol, output / "runs.jsonl", compile, num_workers).run([seed]):
+                if run["arm"] == "distilled":
+                    accuracies.setdefault((number, run["labels"]), []).append(run["accuracy"])
+                elif number == 0:
+                    of_random.setdefault(run["labels"], []).append(run["accuracy"])
+    rows = [
+        settings[number] | {"labels": kind} | setting_row(found, accuracies[0, kind], of_random[kind])
+        for (number, kind), found in accuracies.items()
+    ]
+    with (output / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    _draw(rows, list(varied), source.name, output / "sweep.png")
+    _samples(sets, settings).save(output / "samples.png")
+    lines = {_named(row, varied) + f", {row['labels']} labels": _shown(row) for row in rows}
+    return lines | {"figures": output.resolve() / "sweep.png", "samples": output.resolve() / "samples.png"}
+
+
+def setting_row(found: list[float], of_first: list[float], of_random: list[float]) -> dict[str, Any]:
+    """Return mean and 95 % interval of a setting's accuracies, its gain on random real images, and its p-value.
+
+    The p-value is that of the independent t-test against the first setting, as in the paper's supplement.
+    """
+    several = len(found) > 1
+    return {
+        "accuracy": statistics.mean(found),
+        "interval": interval(found),
+        "random": statistics.mean(of_random),
+        "p_against_first": float(ttest_ind(found, of_first).pvalue) if several and found is not of_first else None,
+        "seeds": len(found),
+    }
+
+
+def _named(row: dict[str, Any], varied: Sequence[str] | dict[str, Any]) -> str:
+    return ", ".join(f"{name} {row[name]}" for name in varied)
+
+
+def _shown(row: dict[str, Any]) -> str:
+    spread = "" if row["interval"] is None else f" ± {100 * row['interval']:.1f}"
+    p = "" if row["p_against_first"] is None else f", p = {row['p_against_first']:.2g} against the first"
+    return f"{100 * row['accuracy']:.1f}{spread} % (random real images {100 * row['random']:.1f}){p}"
+
+
+def _draw(rows: Sequence[dict[str, Any]], varied: Sequence[str], source: str, path: Path) -> None:
+    """Draw the accuracies against the first option, a line for each value of the others, a panel for each labels."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(row["labels"] for row in rows))
+    figure = Figure(figsize=(5 * len(kinds), 4), layout="constrained")
+    axes = figure.subplots(1, len(kinds), squeeze=False)[0]
+    first, *others = varied
+    for axis, kind in zip(axes, kinds, strict=True):
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["labels"] == kind:
+                lines.setdefault(_named(row, others), []).append(row)
+        for name, line in lines.items():
+            values, means = [row[first] for row in line], [100 * row["accuracy"] for row in line]
+            errors = [100 * (row["interval"] or 0) for row in line]
+            axis.errorbar(values, means, errors, marker="o", capsize=3, label=name or "distilled")
+        level = 100 * next(row["random"] for row in rows if row["labels"] == kind)
+        axis.axhline(level, color="grey", linestyle="--", label="random real images")
+        axis.set(xlabel=first, ylabel="accuracy on real test images, %", title=f"{source}, {kind} labels")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _samples(sets: Sequence[DistilledDataset], settings: Sequence[Setting]) -> Any:
+    """Return a picture of a row for each setting: the first image of each of the first classes."""
+    rows = []
+    for each in sets:
+        first = [each.targets.index(label) for label in range(min(SHOWN, len(each.classes)))]
+        rows.append(torch.stack([each.images[index] for index in first]))
+    return grid(rows, [_named(setting, setting) for setting in settings])

@@ -1,0 +1,117 @@
+"""What the accuracies say: is the distilled set better than another arm, or can that not be told?"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from scipy.stats import t as student_t
+
+from d4m_plugin.evaluation.arms import Arm
+from d4m_plugin.evaluation.runs import Labels
+
+Verdict = Literal["better", "worse", "not separable"]
+CONFIDENCE = 0.95
+
+RANDOM = "as many random real images"
+LABELS: dict[Labels, str] = {"teacher": "the teacher's labels", "hard": "hard labels"}
+
+
+def interval(differences: Sequence[float]) -> float | None:
+    """Return half the width of the 95 % interval of a mean, by Student's t; None of fewer than two values.
+
+    Args:
+        differences: one of each seed.
+    """
+    if len(differences) < 2:
+        return None
+    quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
+    return quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def verdict_of(difference: float, half_width: float) -> Verdict:
+    """Return what a difference and its interval say: nothing, where the interval holds zero."""
+    if difference > half_width:
+        return "better"
+    return "worse" if difference < -half_width else "not separable"
+
+
+def table_of(runs: Sequence[dict[str, Any]], images: dict[Arm, int]) -> list[dict[str, Any]]:
+    """Return a row for each student, kind of labels and arm, its accuracies against the distilled set's.
+
+    Args:
+        runs: as `Trainings.run` returns them.
+        images: how many each arm has.
+
+    Returns:
+        Rows of `student`, `labels`, `arm`, `images`, `mean` and `std` of the accuracies (shares), `seeds`; of the other
+        arms, `difference` (distilled minus theirs, paired by seed), `interval` (half of the 95 % one) and `verdict` on
+        the distilled set; None where they cannot be told.
+    """
+    cells: dict[tuple[str, Labels, Arm], dict[int, float]] = {}
+    for run in runs:
+        cells.setdefault((run["student"], run["labels"], run["arm"]), {})[run["seed"]] = run["accuracy"]
+    rows = []
+    for (student, labels, arm), found in cells.items():
+        row: dict[str, Any] = {"student": student, "labels": labels, "arm": arm, "images": images[arm]}
+        values = list(found.values())
+        row |= {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+        row |= {"seeds": len(values), "difference": None, "interval": None, "verdict": None}
+        if arm != "distilled":
+            ours = cells[student, labels, "distilled"]
+            differences = [ours[seed] - found[seed] for seed in found]
+            row["difference"], row["interval"] = statistics.mean(differences), interval(differences)
+            if row["interval"] is not None:
+                row["verdict"] = verdict_of(row["difference"], row["interval"])
+        rows.append(row)
+    return rows
+
+
+def sentences(table: Sequence[dict[str, Any]]) -> dict[str, Verdict | None]:
+    """Return the verdicts against random real images by the words for them, the unfavourable ones first."""
+    order = ["worse", "not separable", None, "better"]
+    against_random = [row for row in table if row["arm"] == "random"]
+    in_order = sorted(against_random, key=lambda row: order.index(row["verdict"]))
+    return {_sentence(row): row["verdict"] for row in in_order}
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    under = f"{row['student']}, {LABELS[row['labels']]}"
+    if row["verdict"] is None:
+        points = points_of(row["difference"])
+        return f"Distilled against {RANDOM}: {points} with one seed, which tells nothing ({under})."
+    what = {
+        "better": f"is better than {RANDOM}",
+        "worse": f"is worse than {RANDOM}",
+        "not separable": f"and {RANDOM} cannot be told apart",
+    }[row["verdict"]]
+    points = points_of(row["difference"], row["interval"])
+    return f"The distilled set {what}: {points}, {row['seeds']} seeds ({under})."
+
+
+def points_of(difference: float, half_width: float | None = None) -> str:
+    """Return a difference of shares in percentage points, with its interval where there is one: +3.8 ± 2.1 points."""
+    signed = f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return f"{signed} points" if half_width is None else f"{signed} ± {100 * half_width:.1f} points"
+
+
+def dd_ranking(table: Sequence[dict[str, Any]], student: str) -> dict[str, float]:
+    """Return DD-Ranking's scores (Li et al., arXiv:2505.13300) of what was measured; fractions, more is better but HLR.
+
+    HLR, the accuracy that hard labels lose against all real images; IOR, what the set gains on random real images in
+    its own protocol, the teacher's labels; LRS = (e^α - e^-1) / (e - e^-1), with α = (IOR - HLR) / 2.
+
+    Args:
+        table: as `table_of` returns it.
+        student: whose accuracies.
+    """
+    means = {(row["labels"], row["arm"]): row["mean"] for row in table if row["student"] == student}
+    scores = {}
+    if ("hard", "real") in means and ("hard", "distilled") in means:
+        scores["HLR"] = means["hard", "real"] - means["hard", "distilled"]
+    if ("teacher", "distilled") in means:
+        scores["IOR"] = means["teacher", "distilled"] - means["teacher", "random"]
+    if len(scores) == 2:
+        alpha = 0.5 * scores["IOR"] - 0.5 * scores["HLR"]
+        scores["LRS"] = (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
+    return scores

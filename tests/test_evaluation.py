@@ -1,0 +1,354 @@
+"""Is a distilled set better than random real images? The arms, their trainings, and the words of the answer."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy import stats
+
+from d4m_plugin import Digits, DistilledDataset, InputError, Recipe, distill
+from d4m_plugin.diffusion import LatentDiffusion
+from d4m_plugin.errors import InputWarning
+from d4m_plugin.evaluation.arms import Arms
+from d4m_plugin.evaluation.compare import compare
+from d4m_plugin.evaluation.evaluate import evaluate
+from d4m_plugin.evaluation.runs import Protocol, Trainings
+from d4m_plugin.evaluation.sets import open_set, ours
+from d4m_plugin.evaluation.sweep import setting_row, sweep
+from d4m_plugin.evaluation.verdict import dd_ranking, interval, sentences, table_of
+from d4m_plugin.sources.images import to_pixels
+from d4m_plugin.subsets import random_subset
+from tests.toys import Squares
+
+CHEAP = {"num_inference_steps": 2, "strength": 1.0}
+
+
+@pytest.fixture
+def arms(squares, tmp_path):
+    dataset = distill(squares, Recipe(ipc=4, prototypes=2, **CHEAP), output=tmp_path / "set")
+    return Arms(ours(dataset, squares), squares, squares.diffusion)
+
+
+def pixels_of(images):
+    return torch.stack([to_pixels(images[index][0], 16) for index in range(len(images))])
+
+
+def protocol(**changes):
+    options = {"arms": (), "labels": ("hard",), "students": ("convnet",), "seeds": 2, "steps": 2, "batch_size": 4}
+    return Protocol(**(options | {"learning_rates": (1e-3,), "teacher": "auto"} | changes))
+
+
+@pytest.mark.parametrize("arm", ["distilled", "random", "nearest", "decoded", "generated", "reconstructed"])
+def test_every_arm_has_as_many_images_of_each_class(arms, arm):
+    images = arms.images(arm, 0)
+    assert torch.as_tensor(images.targets).bincount().tolist() == [4, 4, 4]
+    assert [images[index][1] for index in range(12)] == list(images.targets)
+    assert images[0][0].size == (16, 16)
+
+
+def test_all_real_images_are_an_arm(arms, squares):
+    assert len(arms.images("real", 0)) == len(squares.train())
+
+
+def test_the_nearest_arm_takes_each_prototypes_nearest_images_once(arms, squares):
+    train, model = squares.train(), arms.model
+    latents = model.encode(pixels_of(train)).flatten(1)
+    found = pixels_of(arms.images("nearest", 0)).view(3, 4, -1)
+    for label in range(3):
+        members = [index for index, target in enumerate(train.targets) if target == label]
+        centres = arms.prototypes[label].latents.flatten(1)
+        order = torch.cdist(centres, latents[members]).argsort(1)
+        nearest = pixels_of(train)[members][order[:, 0]].flatten(1)
+        assert torch.equal(found[label, :2], nearest)
+        assert len(found[label].unique(dim=0)) == 4
+
+
+def test_decoded_prototypes_come_again_where_there_are_fewer_than_images(arms):
+    images = pixels_of(arms.images("decoded", 0)).view(3, 4, 3, 16, 16)
+    for label in range(3):
+        assert torch.equal(images[label, :2], arms.model.decode(arms.prototypes[label].latents))
+        assert torch.equal(images[label, 2:], images[label, :2])
+
+
+def test_generated_images_know_nothing_of_the_prototypes(arms, squares, tmp_path):
+    before, decoded = (pixels_of(arms.images(arm, 0)) for arm in ("generated", "decoded"))
+    file = tmp_path / "set" / "ipc-4" / "prototypes.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    again = Arms(ours(DistilledDataset(tmp_path / "set"), squares), squares, squares.diffusion)
+    assert torch.equal(pixels_of(again.images("generated", 0)), before)
+    assert not torch.equal(pixels_of(again.images("decoded", 0)), decoded)
+    assert len(before.flatten(1).unique(dim=0)) == 12
+
+
+def test_reconstructed_images_are_the_random_ones_through_the_vae(arms, squares):
+    chosen = pixels_of(random_subset(squares, 4, seed=3))
+    model = LatentDiffusion(squares.diffusion)
+    difference = pixels_of(arms.images("reconstructed", 3)).int() - model.decode(model.encode(chosen)).int()
+    assert difference.abs().max() <= 1  # of half precision in other batches
+    assert not torch.equal(pixels_of(arms.images("random", 0)), pixels_of(arms.images("random", 1)))
+
+
+def test_a_set_of_other_classes_is_refused(arms):
+    with pytest.raises(InputError, match="whose classes are not those of the distilled set"):
+        ours(arms.judged.dataset, Squares(classes=("a", "b", "c")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"arms": ("herding",)}, "`arms` has 'herding'; use distilled, random"),
+        ({"labels": ("soft",)}, "`labels` has 'soft'; use teacher, hard"),
+        ({"students": ()}, "`students` is empty"),
+        ({"seeds": 0}, "`seeds` is 0"),
+        ({"learning_rates": (0.1, -1.0)}, "`learning_rates` has -1.0"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(changes, says):
+    with pytest.raises(InputError, match=says):
+        protocol(**changes)
+
+
+def test_distilled_and_random_are_always_compared():
+    assert protocol(arms=("real",)).arms == ("distilled", "random", "real")
+
+
+def test_a_training_is_made_once_and_the_next_command_goes_on(arms, tmp_path, monkeypatch):
+    record = tmp_path / "runs.jsonl"
+    first = Trainings(arms, protocol(), record).run()
+    assert [(run["arm"], run["seed"]) for run in first] == [
+        ("distilled", 0),
+        ("random", 0),
+        ("distilled", 1),
+        ("random", 1),
+    ]
+    lines = record.read_text().splitlines()
+    record.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # killed while it wrote
+    made = []
+    train = Trainings._train
+    monkeypatch.setattr(Trainings, "_train", lambda self, run, bar: made.append(run) or train(self, run, bar))
+    again = Trainings(arms, protocol(), record).run()
+    assert [(run.arm, run.seed) for run in made] == [("random", 1)]
+    drop = lambda runs: [{name: value for name, value in run.items() if name != "seconds"} for run in runs]  # noqa: E731
+    assert drop(again) == drop(first)
+    Trainings(arms, protocol(steps=3), record).run()
+    assert len(made) == 5  # another protocol, other trainings
+
+
+def test_a_run_holds_what_its_accuracy_is_made_of(arms, squares, tmp_path):
+    run = Trainings(arms, protocol(seeds=1, steps=4), tmp_path / "runs.jsonl").run()[0]
+    confusion = torch.tensor(run["confusion"])
+    assert confusion.sum(1).tolist() == [4, 4, 4]  # the test images of each class
+    assert run["accuracy"] == pytest.approx(confusion.diag().sum().item() / 12, abs=1e-6)
+    assert [step for step, _ in run["losses"]] == [1, 2, 3, 4]
+
+
+def test_each_arm_gets_the_learning_rate_that_is_best_on_training_images(arms, squares, tmp_path, monkeypatch):
+    on_the_slice = []
+    named = Trainings._named_of_the_slice
+
+    def spy(self, student, data):
+        _, labels = named(self, student, data)
+        on_the_slice.append(self._slice[0])
+        return (labels, labels) if student.lr == 2e-3 else ((labels + 1) % 3, labels)
+
+    monkeypatch.setattr(Trainings, "_named_of_the_slice", spy)
+    rates = (1e-3, 2e-3, 3e-3)
+    runs = Trainings(arms, protocol(learning_rates=rates), tmp_path / "runs.jsonl").run()
+    assert {run["lr"] for run in runs} == {2e-3}
+    assert len(on_the_slice) == 6  # of each of two arms, at one seed
+    ours = {bytes(pixels) for pixels in on_the_slice[0].flatten(1).numpy()}
+    assert ours <= {bytes(pixels) for pixels in pixels_of(squares.train()).flatten(1).numpy()}
+
+
+def runs_of(distilled, random, labels="hard"):
+    pairs = {"distilled": distilled, "random": random}
+    return [
+        {"student": "convnet", "labels": labels, "arm": arm, "seed": seed, "accuracy": accuracy}
+        for arm, accuracies in pairs.items()
+        for seed, accuracy in enumerate(accuracies)
+    ]
+
+
+COUNTS = {"distilled": 10, "random": 10, "real": 100}
+
+
+def test_the_interval_is_that_of_the_paired_t_test():
+    distilled, random = [0.5, 0.55, 0.52, 0.56], [0.48, 0.5, 0.51, 0.49]
+    (_, row) = table_of(runs_of(distilled, random), COUNTS)
+    expected = stats.ttest_rel(distilled, random).confidence_interval(0.95)
+    assert row["difference"] - row["interval"] == pytest.approx(expected.low)
+    assert row["difference"] + row["interval"] == pytest.approx(expected.high)
+    assert interval([0.1]) is None
+
+
+@pytest.mark.parametrize(
+    ("distilled", "random", "verdict", "says"),
+    [
+        ([0.50, 0.51, 0.52], [0.40, 0.41, 0.42], "better", "is better than as many random real images: +10.0 ± 0.0"),
+        (
+            [0.40, 0.41, 0.42],
+            [0.50, 0.51, 0.53],
+            "worse",
+            "is worse than as many random real images: \N{MINUS SIGN}10.3 ± 1.4",
+        ),
+        ([0.50, 0.40, 0.45], [0.45, 0.44, 0.44], "not separable", "cannot be told apart: +0.7 ± 11.2 points, 3 seeds"),
+        ([0.50], [0.40], None, "+10.0 points with one seed, which tells nothing"),
+    ],
+)
+def test_the_verdict_is_what_the_interval_allows(distilled, random, verdict, says):
+    table = table_of(runs_of(distilled, random), COUNTS)
+    assert [row["verdict"] for row in table] == [None, verdict]
+    (sentence,) = sentences(table)
+    assert says in sentence
+
+
+def test_the_unfavourable_verdict_comes_first():
+    good, bad = runs_of([0.5, 0.51], [0.4, 0.41], "teacher"), runs_of([0.4, 0.41], [0.5, 0.51], "hard")
+    assert ["worse" in sentence for sentence in sentences(table_of(good + bad, COUNTS))] == [True, False]
+
+
+def test_dd_rankings_scores_are_its_formulas():
+    runs = runs_of([0.45, 0.47], [0.3, 0.3]) + runs_of([0.6, 0.6], [0.5, 0.52], "teacher")
+    runs += [run | {"arm": "real", "accuracy": 0.86} for run in runs_of([0.0, 0.0], [])]
+    scores = dd_ranking(table_of(runs, COUNTS), "convnet")
+    assert scores["HLR"] == pytest.approx(0.40)
+    assert scores["IOR"] == pytest.approx(0.09)
+    alpha = 0.5 * 0.09 - 0.5 * 0.40
+    assert scores["LRS"] == pytest.approx((math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1)))
+
+
+def test_an_evaluation_ends_with_a_verdict_a_report_and_results_on_the_card(tmp_path):
+    distill(Digits(), Recipe(ipc=2, **CHEAP), output=tmp_path / "digits")
+    rows = evaluate(str(tmp_path / "digits"), output=tmp_path / "report", seeds=2, budget=3)
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert list(rows.values())[:-1] == list(results["verdicts"])
+    assert {(row["labels"], row["arm"]) for row in results["table"]} == {
+        (labels, arm) for labels in ("teacher", "hard") for arm in ("distilled", "random", "real")
+    }
+    assert 0 < results["pictures"]["agreement"] <= 1
+    assert rows["report"].read_text().count("data:image/png") >= 4
+    card = (tmp_path / "digits" / "README.md").read_text()
+    assert next(iter(results["verdicts"])) in card
+    assert DistilledDataset(tmp_path / "digits").metadata["results"]["verdicts"] == results["verdicts"]
+
+
+@pytest.fixture
+def folder_of_images(squares, tmp_path):
+    """As other methods leave them: a folder for each class, here two images each."""
+    chosen = random_subset(squares, 2, seed=5)
+    for index in range(len(chosen)):
+        image, label = chosen[index]
+        folder = tmp_path / "others" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{index}.png")
+    return tmp_path / "others", pixels_of(chosen), list(chosen.targets)
+
+
+def test_a_folder_of_images_by_class_is_a_set(squares, folder_of_images):
+    folder, pixels, labels = folder_of_images
+    with pytest.warns(InputWarning, match="numbers without names: taken as the labels of squares"):
+        judged = open_set(str(folder), squares)
+    assert torch.equal(judged.squares.pixels, pixels)
+    assert (judged.squares.targets, judged.ipc, judged.image_size) == (labels, 2, 16)
+    (folder / "3").mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "3" / "0.png")
+    with pytest.raises(InputError, match="classes 0, 1, 2, …, which are not among those of squares"):
+        open_set(str(folder), squares)
+
+
+def test_a_file_of_tensors_is_a_set(squares, tmp_path):
+    images, labels = torch.rand(6, 3, 16, 16), torch.tensor([0, 0, 1, 1, 2, 2])
+    for held in ({"images": images, "labels": labels}, (images, labels)):
+        torch.save(held, tmp_path / "set.pt")
+        judged = open_set(str(tmp_path / "set.pt"), squares)
+        assert torch.equal(judged.squares.pixels, (images * 255).round().to(torch.uint8))
+        assert judged.squares.targets == labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ({"images": torch.zeros(2, 3, 16, 16)}, "does not hold tensors of `images` and `labels`"),
+        ((torch.zeros(2, 16, 16), torch.zeros(2)), r"whose images are of shape \(2, 16, 16\)"),
+        ((torch.zeros(2, 3, 16, 16) - 1, torch.zeros(2)), r"whose images leave \[0, 1\]; undo the normalisation"),
+        ((torch.zeros(2, 3, 16, 16), torch.tensor([0, 3])), r"whose labels leave \[0, 3\)"),
+    ],
+)
+def test_a_file_of_anything_else_is_refused(squares, tmp_path, held, says):
+    torch.save(held, tmp_path / "set.pt")
+    with pytest.raises(InputError, match=says):
+        open_set(str(tmp_path / "set.pt"), squares)
+
+
+def test_a_set_that_tells_no_model_has_no_arms_of_it(squares, tmp_path):
+    torch.save((torch.rand(3, 3, 16, 16), torch.arange(3)), tmp_path / "set.pt")
+    arms = Arms(open_set(str(tmp_path / "set.pt"), squares), squares)
+    assert len(arms.images("random", 0)) == 3
+    with pytest.raises(InputError, match="needs the diffusion model, which set does not tell"):
+        arms.images("generated", 0)
+
+
+def test_sets_of_any_method_are_judged_alike(tmp_path, monkeypatch):
+    trained = []
+    train = Trainings._train
+    monkeypatch.setattr(Trainings, "_train", lambda self, run, bar: trained.append(run) or train(self, run, bar))
+    digits = Digits()
+    distill(digits, Recipe(ipc=1, **CHEAP), output=tmp_path / "ours")
+    chosen = random_subset(digits, 1, seed=9)
+    pixels = torch.stack([to_pixels(chosen[index][0], 32) for index in range(10)])
+    torch.save((pixels, torch.tensor(chosen.targets)), tmp_path / "theirs.pt")
+    sets = [str(tmp_path / "ours"), str(tmp_path / "theirs.pt")]
+    rows = compare(sets, digits, tmp_path / "comparison", labels=("hard",), seeds=2, budget=2)
+    assert [run.arm for run in trained] == ["distilled", "random"] * 2 + ["distilled"] * 2  # random ones serve both
+    with (tmp_path / "comparison" / "comparison.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["set"] for row in table] == ["1 digits-ipc-1", "2 theirs"]
+    assert table[0]["random"] == table[1]["random"]
+    assert (tmp_path / "comparison" / "2-theirs" / "report.html").is_file()
+    assert list(rows)[:2] == ["1 digits-ipc-1, convnet, hard", "2 theirs, convnet, hard"]
+    with pytest.raises(InputError, match="`distilled_sets` has 1; name at least two"):
+        compare(sets[:1], digits)
+
+
+def test_a_sweep_tries_all_combinations_and_shares_what_is_alike(squares, tmp_path, monkeypatch):
+    made, trained = [], []
+    train = Trainings._train
+    monkeypatch.setattr(Trainings, "_train", lambda self, run, bar: trained.append(run) or train(self, run, bar))
+    encode = LatentDiffusion.encode
+    monkeypatch.setattr(LatentDiffusion, "encode", lambda self, few: made.append(len(few)) or encode(self, few))
+    options = {"ipc": 2, "recipe": {"num_inference_steps": 4}, "labels": ("hard",), "seeds": 2, "budget": 2}
+    rows = sweep(squares, tmp_path / "sweep", (0.5, 1.0), (1.0, 4.0), batch_size=4, **options)
+    assert sum(made) == len(squares.train())  # encoded once for eight sets
+    assert [run.arm for run in trained].count("distilled") == 8
+    assert [run.arm for run in trained].count("random") == 2
+    with (tmp_path / "sweep" / "sweep.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(row["strength"], row["guidance_scale"]) for row in table] == [
+        ("0.5", "1.0"),
+        ("0.5", "4.0"),
+        ("1.0", "1.0"),
+        ("1.0", "4.0"),
+    ]
+    assert [row["p_against_first"] == "" for row in table] == [True, False, False, False]
+    for picture in ("sweep.png", "samples.png"):
+        assert len(set(Image.open(tmp_path / "sweep" / picture).convert("L").tobytes())) > 10
+    assert next(iter(rows)) == "strength 0.5, guidance_scale 1.0, hard labels"
+    sweep(squares, tmp_path / "sweep", (0.5, 1.0), (1.0, 4.0), batch_size=4, **options)
+    assert len(trained) == 10
+
+
+def test_the_p_value_is_that_of_the_independent_t_test():
+    first, other = [0.5, 0.52, 0.51], [0.55, 0.57, 0.54]
+    row = setting_row(other, first, [0.4, 0.41, 0.42])
+    assert row["p_against_first"] == pytest.approx(stats.ttest_ind(other, first).pvalue)
+    assert row["interval"] == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(other))
+    assert setting_row(first, first, first)["p_against_first"] is None
+
+
+def test_a_sweep_of_nothing_is_refused(squares):
+    with pytest.raises(InputError, match="nothing is varied; give values of `strength`, `guidance_scale`"):
+        sweep(squares)
