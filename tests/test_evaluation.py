@@ -178,7 +178,7 @@ COUNTS = {"distilled": 10, "random": 10, "real": 100}
 
 def test_the_interval_is_that_of_the_paired_t_test():
     distilled, random = [0.5, 0.55, 0.52, 0.56], [0.48, 0.5, 0.51, 0.49]
-    (_, row) = table_of(runs_of(distilled, random), COUNTS)
+    (_, row) = table_of(runs_of(distilled, random), COUNTS, 1000)
     expected = stats.ttest_rel(distilled, random).confidence_interval(0.95)
     assert row["difference"] - row["interval"] == pytest.approx(expected.low)
     assert row["difference"] + row["interval"] == pytest.approx(expected.high)
@@ -188,7 +188,7 @@ def test_the_interval_is_that_of_the_paired_t_test():
 @pytest.mark.parametrize(
     ("distilled", "random", "verdict", "says"),
     [
-        ([0.50, 0.51, 0.52], [0.40, 0.41, 0.42], "better", "is better than as many random real images: +10.0 ± 0.0"),
+        ([0.50, 0.51, 0.52], [0.40, 0.41, 0.42], "better", "is better than as many random real images: +10.0 ± 0.1"),
         (
             [0.40, 0.41, 0.42],
             [0.50, 0.51, 0.53],
@@ -200,21 +200,26 @@ def test_the_interval_is_that_of_the_paired_t_test():
     ],
 )
 def test_the_verdict_is_what_the_interval_allows(distilled, random, verdict, says):
-    table = table_of(runs_of(distilled, random), COUNTS)
+    table = table_of(runs_of(distilled, random), COUNTS, 1000)
     assert [row["verdict"] for row in table] == [None, verdict]
     (sentence,) = sentences(table)
     assert says in sentence
 
 
+def test_seeds_that_agree_by_chance_decide_no_difference_of_one_test_image():
+    (_, row) = table_of(runs_of([0.501, 0.601], [0.5, 0.6]), COUNTS, 1000)
+    assert (row["verdict"], row["interval"]) == ("not separable", 0.001)
+
+
 def test_the_unfavourable_verdict_comes_first():
     good, bad = runs_of([0.5, 0.51], [0.4, 0.41], "teacher"), runs_of([0.4, 0.41], [0.5, 0.51], "hard")
-    assert ["worse" in sentence for sentence in sentences(table_of(good + bad, COUNTS))] == [True, False]
+    assert ["worse" in sentence for sentence in sentences(table_of(good + bad, COUNTS, 1000))] == [True, False]
 
 
 def test_dd_rankings_scores_are_its_formulas():
     runs = runs_of([0.45, 0.47], [0.3, 0.3]) + runs_of([0.6, 0.6], [0.5, 0.52], "teacher")
     runs += [run | {"arm": "real", "accuracy": 0.86} for run in runs_of([0.0, 0.0], [])]
-    scores = dd_ranking(table_of(runs, COUNTS), "convnet")
+    scores = dd_ranking(table_of(runs, COUNTS, 1000), "convnet")
     assert scores["HLR"] == pytest.approx(0.40)
     assert scores["IOR"] == pytest.approx(0.09)
     alpha = 0.5 * 0.09 - 0.5 * 0.40

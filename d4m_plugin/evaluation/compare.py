@@ -10,7 +10,7 @@ from d4m_plugin.card import percent
 from d4m_plugin.devices import default_device
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arm, Arms
-from d4m_plugin.evaluation.evaluate import Budget, results_of, steps_of
+from d4m_plugin.evaluation.evaluate import Budget, called, results_of, steps_of
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
 from d4m_plugin.evaluation.sets import open_set
 from d4m_plugin.evaluation.verdict import points_of
@@ -65,6 +65,7 @@ def compare(
         raise InputError(f"`distilled_sets` has {len(distilled_sets)}; name at least two, or use `d4m evaluate`.")
     source = source or Digits()
     sets = [open_set(name, source) for name in distilled_sets]
+    teacher = called(teacher, source)
     protocol = Protocol(
         arms=arms,
         labels=labels,

@@ -91,6 +91,7 @@ def evaluate(
     source = source or Digits()
     judged = open_set(distilled_set, source, config_name)
     folder = (output or Path("evaluations") / judged.name).resolve()
+    teacher = called(teacher, source)
     protocol = Protocol(
         arms=arms,
         labels=labels,
@@ -119,10 +120,10 @@ def results_of(
 ) -> dict[str, Any]:
     """Return what the trainings and a network say of a set, written to a folder as a report, and on the set's card."""
     counts = {arm: len(source.train()) if arm == "real" else len(judged.squares) for arm in protocol.arms}
-    table = table_of(runs, counts)
+    table = table_of(runs, counts, len(source.test()))
     made, labels = judged.squares.pixels, torch.tensor(judged.squares.targets)
     real, real_labels = _sample(source, judged.image_size, judged.resize)
-    figures = judge(network, name_of(protocol.teacher), made, labels, real, real_labels)
+    figures = judge(network, protocol.teacher, made, labels, real, real_labels)
     results: dict[str, Any] = {
         "set": {
             "name": judged.name,
@@ -155,6 +156,11 @@ def results_of(
     if dataset and dataset.revision is None:
         _record(dataset, results)
     return results
+
+
+def called(teacher: str, source: Source) -> str:
+    """Return what the report calls a teacher: `auto` by the name of the source's own, where it has one."""
+    return source.teacher or teacher if teacher == "auto" else teacher
 
 
 def steps_of(budget: Budget | int, images: int, batch_size: int) -> int:

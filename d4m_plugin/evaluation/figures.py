@@ -1,5 +1,6 @@
 """The figures of an evaluation."""
 
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -110,14 +111,16 @@ def losses(results: dict[str, Any], path: Path) -> str:
     kinds = results["protocol"]["labels"]
     figure = _figure(5 * len(kinds), 4)
     for axis, labels in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        others = itertools.cycle(["#30638e", "#edae49", "#3d9970", "#8e6c8a", "#7f7f7f", "#17becf"])
         for arm in results["protocol"]["arms"]:
             key = {"student": first, "labels": labels, "arm": arm}
             curves = [run["losses"] for run in results["runs"] if all(run[name] == key[name] for name in key)]
             steps = [step for step, _ in curves[0]]
             means = [statistics.mean(curve[place][1] for curve in curves) for place in range(len(steps))]
-            axis.plot(steps, means, label=arm, color=OURS if arm == "distilled" else None)
+            ours = {"color": OURS, "linewidth": 2.5, "zorder": 3} if arm == "distilled" else {"color": next(others)}
+            axis.plot(steps, means, label=arm, **ours)
         axis.set(xlabel="step", ylabel="loss", title=f"{first}, {labels} labels", yscale="log")
-        axis.legend()
+        axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     return "Training loss, the mean over the seeds; losses of unlike labels cannot be compared."
@@ -144,7 +147,7 @@ def tsne(results: dict[str, Any], features: Features, path: Path) -> str:
         for label, name in enumerate(names):
             axis.scatter([], [], color=colours(label), label=_short(name))
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    axis.set(xticks=[], yticks=[], title=f"t-SNE of the features of {results['pictures']['network']}")
+    axis.set(xticks=[], yticks=[], title=f"t-SNE of the features of the teacher {results['pictures']['network']}")
     figure.savefig(path, dpi=120)
     return "Distilled images (outlined triangles) among real training images (dots), coloured by class."
 

@@ -33,7 +33,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.5rem; font-size: 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-dl { display: grid; grid-template-columns: minmax(0, auto) minmax(0, 1fr); gap: .3rem 1rem; } dd { margin: 0; }
+dl { display: grid; grid-template-columns: minmax(0, 35%) minmax(0, 1fr); gap: .3rem 1rem; } dd { margin: 0; }
 dt { font-weight: 600; }
 tr.ours { background: var(--soft); font-weight: 600; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
@@ -125,7 +125,7 @@ def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: d
         "<h2>Pictures</h2>",
         *(_figure(caption, picture) for caption, picture in pictures.items()),
         *_section(
-            f"What the features of {results['pictures'].get('network', 'a network')} say of the pictures",
+            f"What the features of the teacher {results['pictures']['network']} say of the pictures",
             {
                 name: f"{_number(results['pictures'][key])}: {what}"
                 for key, (name, what) in WHAT_FIGURES_SAY.items()

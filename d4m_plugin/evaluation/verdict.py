@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from scipy.stats import t as student_t
@@ -17,31 +17,34 @@ RANDOM = "as many random real images"
 LABELS: dict[Labels, str] = {"teacher": "the teacher's labels", "hard": "hard labels"}
 
 
-def interval(differences: Sequence[float]) -> float | None:
+def interval(values: Sequence[float], resolution: float = 0.0) -> float | None:
     """Return half the width of the 95 % interval of a mean, by Student's t; None of fewer than two values.
 
     Args:
-        differences: one of each seed.
+        values: one of each seed.
+        resolution: what values cannot tell apart, such as one test image: a few seeds that happen to agree do not make
+            an interval narrower than that.
     """
-    if len(differences) < 2:
+    if len(values) < 2:
         return None
-    quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
-    return quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+    quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return max(resolution, quantile * statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def verdict_of(difference: float, half_width: float) -> Verdict:
     """Return what a difference and its interval say: nothing, where the interval holds zero."""
-    if difference > half_width:
-        return "better"
-    return "worse" if difference < -half_width else "not separable"
+    if math.isclose(abs(difference), half_width) or abs(difference) < half_width:
+        return "not separable"
+    return "better" if difference > 0 else "worse"
 
 
-def table_of(runs: Sequence[dict[str, Any]], images: dict[Arm, int]) -> list[dict[str, Any]]:
+def table_of(runs: Sequence[dict[str, Any]], images: Mapping[Arm, int], test_images: int) -> list[dict[str, Any]]:
     """Return a row for each student, kind of labels and arm, its accuracies against the distilled set's.
 
     Args:
         runs: as `Trainings.run` returns them.
         images: how many each arm has.
+        test_images: how many the accuracies are measured on.
 
     Returns:
         Rows of `student`, `labels`, `arm`, `images`, `mean` and `std` of the accuracies (shares), `seeds`; of the other
@@ -60,7 +63,7 @@ def table_of(runs: Sequence[dict[str, Any]], images: dict[Arm, int]) -> list[dic
         if arm != "distilled":
             ours = cells[student, labels, "distilled"]
             differences = [ours[seed] - found[seed] for seed in found]
-            row["difference"], row["interval"] = statistics.mean(differences), interval(differences)
+            row["difference"], row["interval"] = statistics.mean(differences), interval(differences, 1 / test_images)
             if row["interval"] is not None:
                 row["verdict"] = verdict_of(row["difference"], row["interval"])
         rows.append(row)

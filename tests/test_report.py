@@ -1,0 +1,137 @@
+"""The report of an evaluation: everything in one folder, and one page that needs nothing else."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+from d4m_plugin.evaluation.report import write_report
+from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
+
+FIGURES = {"accuracy.png", "classes.png", "confusion.png", "losses.png", "tsne.png"}
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+def results_of(classes, seeds=2):
+    arms, kinds = ("distilled", "random", "real"), ("teacher", "hard")
+    runs = [
+        {
+            "arm": arm,
+            "labels": labels,
+            "student": "convnet",
+            "seed": seed,
+            "lr": 1e-3,
+            "accuracy": 0.5 + 0.02 * seed * place + 0.1 * (labels == "hard"),
+            "confusion": (torch.eye(len(classes)).long() * 3 + 1).tolist(),
+            "losses": [[1, 2.0], [2, 1.0 + place]],
+            "seconds": 1.0,
+        }
+        for seed in range(seeds)
+        for labels in kinds
+        for place, arm in enumerate(arms)
+    ]
+    table = table_of(runs, {"distilled": 10, "random": 10, "real": 100}, 1000)
+    return {
+        "set": {
+            "name": "toys-ipc-1",
+            "source": "toys",
+            "classes": list(classes),
+            "ipc": 1,
+            "image_size": 8,
+            "fingerprint": "0",
+        },
+        "protocol": {
+            "arms": arms,
+            "labels": kinds,
+            "students": ["convnet"],
+            "seeds": seeds,
+            "steps": 2,
+            "batch_size": 4,
+            "learning_rates": [1e-3],
+            "teacher": "toys",
+        },
+        "versions": {"torch": "2.14"},
+        "device": "cpu",
+        "runs": runs,
+        "table": table,
+        "verdicts": sentences(table),
+        "ranking": dd_ranking(table, "convnet"),
+        "pictures": {"network": "toys", "frechet_distance": None, "coverage": 0.25, "near_copies": 1234},
+    }
+
+
+@pytest.fixture
+def features():
+    generator = torch.Generator().manual_seed(0)
+    made, real = torch.randn(10, 4, generator=generator), torch.randn(40, 4, generator=generator)
+    return made, torch.arange(10) % 2, real, torch.arange(40) % 2
+
+
+class Page(HTMLParser):
+    """Notes what is open, and what is asked of elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elsewhere, self.alts, self.tags = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        attrs = dict(attrs)
+        links = [attrs.get("src", "data:"), attrs.get("href", "data:")]
+        self.elsewhere += [link for link in links if not link.startswith("data:image/png;base64,") and link != "data:"]
+        if tag == "img":
+            self.alts.append(attrs["alt"])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_folder_has_figures_tables_and_a_page_that_needs_nothing_else(tmp_path, features):
+    results = results_of(("cat", "dog"))
+    pictures = {"distilled": Image.effect_noise((32, 32), 50).convert("RGB")}
+    page = write_report(results, tmp_path, pictures, features)
+    for figure in FIGURES:
+        assert len(set(Image.open(tmp_path / figure).convert("L").tobytes())) > 10, figure
+    parsed = Page(page.read_text())
+    assert (parsed.open, parsed.elsewhere) == ([], [])
+    assert len(parsed.alts) == len(FIGURES) + 1
+    assert all(parsed.alts)
+    assert "script" not in parsed.tags
+    assert not re.search(r"url\(|@import", page.read_text())
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["arm"] for row in rows] == [row["arm"] for row in results["table"]]
+    assert [float(row["mean"]) for row in rows] == [row["mean"] for row in results["table"]]
+
+
+def test_the_page_says_the_verdicts_first_in_words(tmp_path):
+    results = results_of(("cat", "dog"))
+    text = write_report(results, tmp_path, {}).read_text()
+    assert text.index("cannot be told apart") < text.index("<table>")
+    assert "51.0 ± 1.4" in text  # random: 50 and 52 %
+    assert "\N{MINUS SIGN}1.0 ± 12.7 points" in text
+    assert "1,234: images nearer to a real one" in text
+    assert "Fréchet" not in text  # there is none
+
+
+def test_a_class_name_is_text_and_never_code(tmp_path):
+    results = results_of(("<script>alert(1)</script>", "a & b"))
+    results["set"]["name"] = "<b>set</b>"
+    parsed = Page(write_report(results, tmp_path, {"<i>picture</i>": Image.new("RGB", (8, 8))}).read_text())
+    assert not {"script", "b", "i"} & set(parsed.tags)
+    assert parsed.open == []
+
+
+def test_one_seed_and_many_classes_leave_out_what_cannot_be_shown(tmp_path):
+    text = write_report(results_of([f"class {n}" for n in range(40)], seeds=1), tmp_path, {}).read_text()
+    assert "with one seed, which tells nothing" in text
+    assert not (tmp_path / "confusion.png").exists()
+    assert (tmp_path / "accuracy.png").exists()
