@@ -15,7 +15,7 @@ from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.evaluation.arms import Arms
 from d4m_plugin.evaluation.compare import compare
-from d4m_plugin.evaluation.evaluate import evaluate
+from d4m_plugin.evaluation.evaluate import evaluate, steps_of
 from d4m_plugin.evaluation.runs import Protocol, Trainings
 from d4m_plugin.evaluation.sets import open_set, ours
 from d4m_plugin.evaluation.sweep import setting_row, sweep
@@ -110,6 +110,22 @@ def test_a_set_of_other_classes_is_refused(arms):
 def test_what_cannot_be_evaluated_is_said(changes, says):
     with pytest.raises(InputError, match=says):
         protocol(**changes)
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"), [("quick", 500), ("paper", 500 * 2), (7, 7), ("7", 7), ("fast", None), (0, None)]
+)
+def test_a_budget_is_a_word_or_a_number_of_steps(budget, steps):
+    if steps is None:
+        with pytest.raises(InputError, match=f"`budget` is {budget!r}; use quick, paper, or a number of steps"):
+            steps_of(budget, images=101, batch_size=100)
+    else:
+        assert steps_of(budget, images=101, batch_size=100) == steps
+
+
+def test_what_is_nowhere_is_no_set(squares):
+    with pytest.raises(InputError, match="`distilled_set` is 'nowhere': no folder or file here"):
+        open_set("nowhere", squares)
 
 
 def test_distilled_and_random_are_always_compared():

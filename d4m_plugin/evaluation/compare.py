@@ -10,7 +10,7 @@ from d4m_plugin.card import percent
 from d4m_plugin.devices import default_device
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arm, Arms
-from d4m_plugin.evaluation.evaluate import Budget, called, results_of, steps_of
+from d4m_plugin.evaluation.evaluate import called, results_of, steps_of
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
 from d4m_plugin.evaluation.sets import open_set
 from d4m_plugin.evaluation.verdict import points_of
@@ -28,7 +28,7 @@ def compare(
     labels: tuple[Labels, ...] = ("teacher", "hard"),
     students: tuple[str, ...] = ("convnet",),
     seeds: int = 3,
-    budget: Budget | int = "quick",
+    budget: str | int = "quick",
     batch_size: int = 100,
     learning_rates: tuple[float, ...] = (1e-3,),
     teacher: str = "auto",

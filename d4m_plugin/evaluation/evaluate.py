@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,6 +18,7 @@ from d4m_plugin.card import write_card
 from d4m_plugin.devices import default_device
 from d4m_plugin.distillation import VERSIONS
 from d4m_plugin.distilled import DistilledDataset
+from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arm, Arms
 from d4m_plugin.evaluation.pictures import features_of, judge, side_by_side
 from d4m_plugin.evaluation.report import write_report
@@ -35,8 +36,6 @@ QUICK = 500  # steps
 PAPER = 500  # passes over the distilled set
 REAL_SAMPLE = 5000  # real training images that the pictures are compared with
 
-Budget = Literal["quick", "paper"]
-
 
 def evaluate(
     distilled_set: str,
@@ -47,7 +46,7 @@ def evaluate(
     labels: tuple[Labels, ...] = ("teacher", "hard"),
     students: tuple[str, ...] = ("convnet",),
     seeds: int = 3,
-    budget: Budget | int = "quick",
+    budget: str | int = "quick",
     batch_size: int = 100,
     learning_rates: tuple[float, ...] = (1e-3,),
     teacher: str = "auto",
@@ -163,11 +162,19 @@ def called(teacher: str, source: Source) -> str:
     return source.teacher or teacher if teacher == "auto" else teacher
 
 
-def steps_of(budget: Budget | int, images: int, batch_size: int) -> int:
-    """Return the steps of a training on so many images in batches of a size."""
+def steps_of(budget: str | int, images: int, batch_size: int) -> int:
+    """Return the steps of a training on so many images in batches of a size.
+
+    Raises:
+        InputError: where the budget is neither `quick`, `paper` nor a number.
+    """
     if budget == "quick":
         return QUICK
-    return PAPER * math.ceil(images / batch_size) if budget == "paper" else int(budget)
+    if budget == "paper":
+        return PAPER * math.ceil(images / batch_size)
+    if not str(budget).isdecimal() or int(budget) < 1:
+        raise InputError(f"`budget` is {budget!r}; use quick, paper, or a number of steps.")
+    return int(budget)
 
 
 def _sample(source: Source, size: int, resize: Resize) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,8 @@ def open_set(name: str, source: Source, config_name: str | None = None) -> Judge
         InputError: where there is no such set, or its classes are not the source's.
     """
     path = Path(name).expanduser()
+    if not path.exists() and name.count("/") != 1:
+        raise InputError(f"`distilled_set` is {name!r}: no folder or file here, and no name of the Hub's (user/name).")
     if not path.exists():
         found = find_set(source, Recipe(), name, config_name)
         if isinstance(found, OthersSet):

@@ -16,7 +16,7 @@ from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arms
-from d4m_plugin.evaluation.evaluate import Budget, steps_of
+from d4m_plugin.evaluation.evaluate import steps_of
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
 from d4m_plugin.evaluation.sets import ours
 from d4m_plugin.evaluation.verdict import interval
@@ -40,7 +40,7 @@ def sweep(
     labels: tuple[Labels, ...] = ("teacher", "hard"),
     student: str = "convnet",
     seeds: int = 3,
-    budget: Budget | int = "quick",
+    budget: str | int = "quick",
     batch_size: int = 100,
     lr: float = 1e-3,
     teacher: str = "auto",
