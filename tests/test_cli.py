@@ -285,3 +285,19 @@ def test_a_preview_that_cannot_be_drawn_is_told(run, words, says):
     status, _, err = run("preview", *words)
     assert status == 2
     assert says in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["compare", "one", "--seeds", "2"], "`distilled_sets` has 1; name at least two"),
+        (["compare", "one", "two"], "`distilled_set` is 'one': no folder or file here"),
+        (["evaluate", "one", "--arms", "[herding]"], "`arms`: "),
+        (["sweep", "--ipc", "1"], "nothing is varied; give values of `strength`"),
+    ],
+)
+def test_what_cannot_be_judged_is_one_sentence(run, words, says):
+    status, _, errors = run(*words)
+    assert status == 2
+    assert says in errors
+    assert len(errors.splitlines()) == 1

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from d4m_plugin.cache import make_writable
+from d4m_plugin.cache import make_writable, resolve_cache_dir
 from d4m_plugin.card import percent
 from d4m_plugin.devices import default_device
 from d4m_plugin.errors import InputError
@@ -14,6 +14,7 @@ from d4m_plugin.evaluation.evaluate import called, results_of, steps_of
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
 from d4m_plugin.evaluation.sets import open_set
 from d4m_plugin.evaluation.verdict import points_of
+from d4m_plugin.screening import WithoutBadImages
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.teachers import load_teacher
 
@@ -34,6 +35,7 @@ def compare(
     teacher: str = "auto",
     compile: bool = False,
     num_workers: int = 0,
+    skip_bad_images: bool = False,
     cache_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Judge several distilled sets of one source alike, whoever made them, each against as many random real images.
@@ -53,6 +55,7 @@ def compare(
         teacher: as TeacherMatching takes it, but one.
         compile: compile students and teacher.
         num_workers: processes that read images.
+        skip_bad_images: leave out real images that cannot be read; by default they stop the work.
         cache_dir: as for D4MDataModule.
 
     Returns:
@@ -64,6 +67,8 @@ def compare(
     if len(distilled_sets) < 2:
         raise InputError(f"`distilled_sets` has {len(distilled_sets)}; name at least two, or use `d4m evaluate`.")
     source = source or Digits()
+    if skip_bad_images:
+        source = WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers)
     sets = [open_set(name, source) for name in distilled_sets]
     teacher = called(teacher, source)
     protocol = Protocol(

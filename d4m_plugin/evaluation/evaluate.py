@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d4m_plugin.cache import make_writable, written_whole
+from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
 from d4m_plugin.card import write_card
 from d4m_plugin.devices import default_device
 from d4m_plugin.distillation import VERSIONS
@@ -27,6 +27,7 @@ from d4m_plugin.evaluation.sets import JudgedSet, open_set
 from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
 from d4m_plugin.hub import without_folders
 from d4m_plugin.preview import grid
+from d4m_plugin.screening import WithoutBadImages
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.sources.images import Resize, to_pixels
 from d4m_plugin.subsets import at_most
@@ -53,6 +54,7 @@ def evaluate(
     diffusion: str | None = None,
     compile: bool = False,
     num_workers: int = 0,
+    skip_bad_images: bool = False,
     cache_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Tell whether a distilled set is better than as many random real images, and how good its pictures are.
@@ -79,6 +81,7 @@ def evaluate(
         diffusion: where the set's diffusion model lies, for the arms that need it, where it is a folder.
         compile: compile students and teacher with `torch.compile`: for long trainings.
         num_workers: processes that read images.
+        skip_bad_images: leave out real images that cannot be read; by default they stop the work.
         cache_dir: as for D4MDataModule.
 
     Returns:
@@ -88,6 +91,8 @@ def evaluate(
         InputError: where an option cannot work, or the set is not of the source.
     """
     source = source or Digits()
+    if skip_bad_images:
+        source = WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers)
     judged = open_set(distilled_set, source, config_name)
     folder = (output or Path("evaluations") / judged.name).resolve()
     teacher = called(teacher, source)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from scipy.stats import ttest_ind
 
-from d4m_plugin.cache import make_writable
+from d4m_plugin.cache import make_writable, resolve_cache_dir
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
@@ -22,6 +22,7 @@ from d4m_plugin.evaluation.sets import ours
 from d4m_plugin.evaluation.verdict import interval
 from d4m_plugin.preview import grid
 from d4m_plugin.recipe import Recipe
+from d4m_plugin.screening import WithoutBadImages
 from d4m_plugin.sources import Digits, Source
 
 Setting = dict[str, Any]  # the options that differ, by name
@@ -47,6 +48,7 @@ def sweep(
     distill_batch_size: int = BLOCK,
     compile: bool = False,
     num_workers: int = 0,
+    skip_bad_images: bool = False,
     cache_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Distil under each of some settings, train on each set, and draw how the accuracy depends on them.
@@ -73,6 +75,7 @@ def sweep(
         distill_batch_size: images that the diffusion model takes at once.
         compile: compile student and teacher.
         num_workers: processes that read images.
+        skip_bad_images: leave out real images that cannot be read; by default they stop the work.
         cache_dir: as for D4MDataModule.
 
     Returns:
@@ -82,6 +85,8 @@ def sweep(
         InputError: where an option cannot work, or no option has values.
     """
     source = source or Digits()
+    if skip_bad_images:
+        source = WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers)
     given: dict[str, Sequence[Any]] = {
         "strength": strength,
         "guidance_scale": guidance_scale,
@@ -191,9 +196,9 @@ def _draw(rows: Sequence[dict[str, Any]], varied: Sequence[str], source: str, pa
 
 
 def _samples(sets: Sequence[DistilledDataset], settings: Sequence[Setting]) -> Any:
-    """Return a picture of a row for each setting: the first image of each of the first classes."""
+    """Return a picture of a row for each setting, named by its values: the first image of each of the first classes."""
     rows = []
     for each in sets:
         first = [each.targets.index(label) for label in range(min(SHOWN, len(each.classes)))]
         rows.append(torch.stack([each.images[index] for index in first]))
-    return grid(rows, [_named(setting, setting) for setting in settings])
+    return grid(rows, [", ".join(f"{value:g}" for value in setting.values()) for setting in settings])
