@@ -124,11 +124,11 @@ def distill(
 def set_fingerprint(source: Source, recipe: ResolvedRecipe) -> str:
     """Return twelve hexadecimal digits that name a source, a recipe, and the weights of a model in a folder."""
     decides = [FORMAT, source.fingerprint, list(source.classes), dataclasses.asdict(recipe)]
-    models = [_model_digest(model) for name in MODELS if (model := getattr(recipe, name))]
+    models = [model_digest(model) for name in MODELS if (model := getattr(recipe, name))]
     return _digest([json.dumps(decides), *models])[:12]
 
 
-def _model_digest(model: str) -> str:
+def model_digest(model: str) -> str:
     """Return a hash of a model's files, "" for one on the Hub, whose revision names it."""
     place = ASSETS / model if model in EMBEDDED else Path(model)
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
@@ -175,8 +175,8 @@ def _distil_into(
         fingerprint_of_images += f" {recipe.max_images_per_class} {recipe.seed}"
     if not isinstance(source, WithoutBadImages):
         check_images(images, f"training images of {source.name}", fingerprint_of_images, cache, num_workers)
-    weights = [_model_digest(recipe.diffusion) or recipe.diffusion, str(recipe.diffusion_revision), str(model.dtype)]
-    weights.append(_model_digest(recipe.vae) or recipe.vae if recipe.vae else "")
+    weights = [model_digest(recipe.diffusion) or recipe.diffusion, str(recipe.diffusion_revision), str(model.dtype)]
+    weights.append(model_digest(recipe.vae) or recipe.vae if recipe.vae else "")
     decides = [str(FORMAT), fingerprint_of_images, *weights, str(resolution), recipe.resize]
     kept = cache / "latents" / f"{source.name}-{_digest(decides)[:12]}"
     screened = time.perf_counter()
@@ -418,7 +418,7 @@ def _described_model(recipe: ResolvedRecipe) -> dict[str, Any]:
     embedded, here = recipe.diffusion in EMBEDDED, Path(recipe.diffusion).exists()
     return {
         "hub_id": None if embedded or here else recipe.diffusion,
-        "digest": _model_digest(recipe.diffusion) or None,
+        "digest": model_digest(recipe.diffusion) or None,
         "license": LICENSE if embedded else license_of(recipe.diffusion, "model"),
     }
 

@@ -1,5 +1,7 @@
 """Subsets of the real images: the baselines that a distilled set has to beat."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -30,12 +32,18 @@ def random_subset(source: Source, ipc: int, seed: int) -> LabelledImages:
     return at_most(train, ipc, seed)
 
 
-def at_most(images: LabelledImages, per_class: int, seed: int) -> "Chosen":
-    """Return images of which each class has no more than `per_class`, class by class, drawn by `seed`."""
+def at_most(images: LabelledImages, per_class: int | Sequence[int], seed: int) -> "Chosen":
+    """Return images of which each class has no more than `per_class`, class by class, drawn by `seed`.
+
+    Args:
+        images: from which is drawn.
+        per_class: how many of each class, or of each label.
+        seed: decides the draw: another seed, a fresh draw.
+    """
     chosen = []
     for label, members in members_by_label(images.targets).items():
         order = torch.randperm(len(members), generator=generator_of(seed, label))
-        chosen.append(members[order[:per_class]])
+        chosen.append(members[order[: per_class if isinstance(per_class, int) else per_class[label]]])
     return Chosen(images, torch.cat(chosen))
 
 

@@ -4,13 +4,14 @@ import csv
 import json
 import math
 
+import lightning as L
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from d4m_plugin import Digits, DistilledDataset, InputError, Recipe, distill
+from d4m_plugin import D4MDataModule, Digits, DistilledDataset, InputError, Recipe, distill
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.evaluation.arms import Arms
@@ -162,22 +163,94 @@ def test_a_run_holds_what_its_accuracy_is_made_of(arms, squares, tmp_path):
     assert [step for step, _ in run["losses"]] == [1, 2, 3, 4]
 
 
-def test_each_arm_gets_the_learning_rate_that_is_best_on_training_images(arms, squares, tmp_path, monkeypatch):
-    on_the_slice = []
-    named = Trainings._named_of_the_slice
+def test_each_arm_gets_the_learning_rate_that_is_best_on_training_images_it_does_not_see(
+    squares, tmp_path, monkeypatch
+):
+    dataset = distill(squares, Recipe(ipc=2, **CHEAP), output=tmp_path / "set")
+    arms = Arms(ours(dataset, squares), squares, squares.diffusion)
+    named, train = Trainings._named_of_the_slice, D4MDataModule.train_dataloader
+    slices, seen = [], []
 
     def spy(self, student, data):
         _, labels = named(self, student, data)
-        on_the_slice.append(self._slice[0])
+        slices.append({bytes(image) for image in pixels_of(self._slice).flatten(1).numpy()})
         return (labels, labels) if student.lr == 2e-3 else ((labels + 1) % 3, labels)
 
+    def look(self):
+        seen.append({bytes(image) for image in pixels_of(self.training_set).flatten(1).numpy()})
+        return train(self)
+
     monkeypatch.setattr(Trainings, "_named_of_the_slice", spy)
+    monkeypatch.setattr(D4MDataModule, "train_dataloader", look)
     rates = (1e-3, 2e-3, 3e-3)
-    runs = Trainings(arms, protocol(learning_rates=rates), tmp_path / "runs.jsonl").run()
+    options = {"learning_rates": rates, "arms": ("nearest", "real"), "seeds": 1}
+    runs = Trainings(arms, protocol(**options), tmp_path / "runs.jsonl").run()
     assert {run["lr"] for run in runs} == {2e-3}
-    assert len(on_the_slice) == 6  # of each of two arms, at one seed
-    ours = {bytes(pixels) for pixels in on_the_slice[0].flatten(1).numpy()}
-    assert ours <= {bytes(pixels) for pixels in pixels_of(squares.train()).flatten(1).numpy()}
+    assert len(slices) == 12  # three rates for each of four arms
+    assert slices[0] <= {bytes(image) for image in pixels_of(squares.train()).flatten(1).numpy()}
+    assert not any(slices[0] & training for training in seen[:12])
+    assert len(seen[-1]) == len(squares.train())  # of the run that is tested, all
+
+
+def test_all_arms_of_a_seed_start_from_the_same_weights_and_randomness(arms, tmp_path, monkeypatch):
+    starts = {}
+    fit = L.Trainer.fit
+
+    def spy(trainer, student, datamodule):
+        weights = torch.cat([part.detach().flatten() for part in student.parameters()])
+        starts.setdefault(float(weights.double().sum()), set()).add(bytes(torch.get_rng_state().numpy()))
+        return fit(trainer, student, datamodule=datamodule)
+
+    monkeypatch.setattr(L.Trainer, "fit", spy)
+    all_arms = ("nearest", "decoded", "generated", "reconstructed", "real")
+    Trainings(arms, protocol(arms=all_arms), tmp_path / "runs.jsonl").run()
+    assert [len(states) for states in starts.values()] == [1, 1]  # one for each of two seeds
+
+
+def test_as_many_real_images_of_each_class_are_drawn_as_an_uneven_set_has(squares, tmp_path):
+    torch.save((torch.rand(6, 3, 16, 16), torch.tensor([0, 0, 0, 1, 1, 2])), tmp_path / "set.pt")
+    arms = Arms(open_set(str(tmp_path / "set.pt"), squares), squares)
+    assert torch.as_tensor(arms.images("random", 0).targets).bincount().tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("per_class", "arm", "says"),
+    [
+        (3, "random", "class 'red' has 3 real training images and 4 distilled ones"),
+        (6, "generated", "`diffusion` is 'digits', which is not the model that made the set"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_any_training(arms, tmp_path, per_class, arm, says):
+    unlike = Arms(arms.judged, Squares(per_class), "digits")
+    with pytest.raises(InputError, match=says):
+        Trainings(unlike, protocol(arms=(arm,)), tmp_path / "runs.jsonl")
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_a_set_of_other_training_images_is_warned_of(arms):
+    with pytest.warns(InputWarning, match="some of these test images may be in it"):
+        ours(arms.judged.dataset, Squares(per_class=7))
+
+
+def test_hard_labels_need_no_teacher(arms, squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.teachers.SMALL_SOURCE", 0)  # too many images to train one unasked
+    options = {"output": tmp_path / "report", "seeds": 2, "budget": 2, "arms": ()}
+    evaluate(str(tmp_path / "set"), squares, labels=("hard",), **options)
+    assert json.loads((tmp_path / "report" / "results.json").read_text())["pictures"] == {}
+    with pytest.raises(InputError, match="`teacher` is 'auto', but squares has none"):
+        evaluate(str(tmp_path / "set"), squares, labels=("hard", "teacher"), **options)
+
+
+def test_a_set_that_cannot_be_written_is_judged_all_the_same(arms, squares, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("d4m_plugin.evaluation.evaluate.write_card", refuse)
+    monkeypatch.setattr("d4m_plugin.teachers.SMALL_SOURCE", 0)
+    options = {"output": tmp_path / "report", "seeds": 2, "budget": 2, "arms": (), "labels": ("hard",)}
+    with pytest.warns(InputWarning, match=r"could not be put on the card of .* \(Permission denied\)"):
+        rows = evaluate(str(tmp_path / "set"), squares, **options)
+    assert rows["report"].is_file()
 
 
 def runs_of(distilled, random, labels="hard"):
@@ -333,6 +406,10 @@ def test_sets_of_any_method_are_judged_alike(tmp_path, monkeypatch):
     assert list(rows)[:2] == ["1 digits-ipc-1, convnet, hard", "2 theirs, convnet, hard"]
     with pytest.raises(InputError, match="`distilled_sets` has 1; name at least two"):
         compare(sets[:1], digits)
+    torch.save((torch.rand(10, 3, 16, 16), torch.arange(10)), tmp_path / "small.pt")
+    distill(digits, Recipe(ipc=1, image_size=16, **CHEAP), output=tmp_path / "smaller")
+    with pytest.raises(InputError, match=r"sets of 16 pixels \(crop\) and 32 pixels \(crop\)"):
+        compare([str(tmp_path / "smaller"), str(tmp_path / "small.pt")], digits)
 
 
 def test_a_sweep_tries_all_combinations_and_shares_what_is_alike(squares, tmp_path, monkeypatch):
@@ -370,6 +447,10 @@ def test_the_p_value_is_that_of_the_independent_t_test():
     assert setting_row(first, first, first)["p_against_first"] is None
 
 
-def test_a_sweep_of_nothing_is_refused(squares):
+def test_a_sweep_of_nothing_or_of_what_is_given_twice_is_refused(squares):
+    with pytest.raises(InputError, match="`recipe` has 'steps'; it takes other options of the Recipe"):
+        sweep(squares, strength=(0.5,), recipe={"steps": 3})
+    with pytest.raises(InputError, match="`recipe` has 'strength'"):
+        sweep(squares, strength=(0.5,), recipe={"strength": 0.3})
     with pytest.raises(InputError, match="nothing is varied; give values of `strength`, `guidance_scale`"):
         sweep(squares)

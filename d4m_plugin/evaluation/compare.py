@@ -7,16 +7,14 @@ from typing import Any
 
 from d4m_plugin.cache import make_writable, resolve_cache_dir
 from d4m_plugin.card import percent
-from d4m_plugin.devices import default_device
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arm, Arms
-from d4m_plugin.evaluation.evaluate import called, results_of, steps_of
+from d4m_plugin.evaluation.evaluate import called, network_of, results_of, steps_of
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
 from d4m_plugin.evaluation.sets import open_set
 from d4m_plugin.evaluation.verdict import points_of
 from d4m_plugin.screening import WithoutBadImages
 from d4m_plugin.sources import Digits, Source
-from d4m_plugin.teachers import load_teacher
 
 COLUMNS = ("set", "images", "student", "labels", "mean", "std", "random", "difference", "interval", "verdict")
 
@@ -70,6 +68,10 @@ def compare(
     if skip_bad_images:
         source = WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers)
     sets = [open_set(name, source) for name in distilled_sets]
+    ways = {(each.image_size, each.resize) for each in sets}
+    if len(ways) > 1:
+        told = " and ".join(f"{size} pixels ({resize})" for size, resize in sorted(ways))
+        raise InputError(f"`distilled_sets` has sets of {told}; only sets of one size can be compared.")
     teacher = called(teacher, source)
     protocol = Protocol(
         arms=arms,
@@ -82,10 +84,10 @@ def compare(
         teacher=teacher,
     )
     make_writable(output.resolve(), "output")
-    network = load_teacher(teacher, source, cache_dir).to(default_device()).eval()
+    network = network_of(protocol, source, sets[0], cache_dir)
     rows: list[dict[str, Any]] = []
     for number, each in enumerate(sets):
-        runs = Trainings(Arms(each, source), protocol, output / "runs.jsonl", compile, num_workers).run()
+        runs = Trainings(Arms(each, source), protocol, output / "runs.jsonl", compile, num_workers, cache_dir).run()
         folder = output / f"{number + 1}-{each.name}"
         folder.mkdir(exist_ok=True)
         results = results_of(each, source, protocol, runs, network, folder)

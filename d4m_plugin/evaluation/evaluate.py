@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import platform
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,21 @@ from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
 from d4m_plugin.card import write_card
 from d4m_plugin.devices import default_device
 from d4m_plugin.distillation import VERSIONS
-from d4m_plugin.distilled import DistilledDataset
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.evaluation.arms import Arm, Arms
+from d4m_plugin.evaluation.figures import Features
 from d4m_plugin.evaluation.pictures import features_of, judge, side_by_side
 from d4m_plugin.evaluation.report import write_report
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
 from d4m_plugin.evaluation.sets import JudgedSet, open_set
 from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
 from d4m_plugin.hub import without_folders
-from d4m_plugin.preview import grid
+from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.screening import WithoutBadImages
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.sources.images import Resize, to_pixels
 from d4m_plugin.subsets import at_most
-from d4m_plugin.teachers import Teacher, load_teacher, name_of
+from d4m_plugin.teachers import Teacher, load_teacher
 
 QUICK = 500  # steps
 PAPER = 500  # passes over the distilled set
@@ -66,7 +68,7 @@ def evaluate(
         distilled_set: its folder; a dataset repository of the Hub, as user/name; or what another method made: a folder
             that has one of images for each class, or a .pt file of `images`, shape (N, 3, H, W), and `labels`.
         source: the real images that it was distilled from; scikit-learn's digits by default.
-        output: the folder of the report; by default `evaluations/` and the set's name.
+        output: the folder of the report; by default one in `evaluations`, named after the set.
         config_name: which of several sets.
         arms: what is trained on besides `distilled` and `random`: `real` (all images), `nearest` (real images nearest
             to the prototypes), `decoded` (prototypes through the VAE alone), `generated` (without prototypes),
@@ -94,7 +96,7 @@ def evaluate(
     if skip_bad_images:
         source = WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers)
     judged = open_set(distilled_set, source, config_name)
-    folder = (output or Path("evaluations") / judged.name).resolve()
+    folder = (output or Path("evaluations") / f"{judged.name}-{judged.fingerprint}").resolve()
     teacher = called(teacher, source)
     protocol = Protocol(
         arms=arms,
@@ -107,9 +109,11 @@ def evaluate(
         teacher=teacher,
     )
     make_writable(folder, "output")
-    runs = Trainings(Arms(judged, source, diffusion), protocol, folder / "runs.jsonl", compile, num_workers).run()
-    network = load_teacher(teacher, source, cache_dir).to(default_device()).eval()
+    network = network_of(protocol, source, judged, cache_dir)
+    arms_of_set = Arms(judged, source, diffusion)
+    runs = Trainings(arms_of_set, protocol, folder / "runs.jsonl", compile, num_workers, cache_dir).run()
     results = results_of(judged, source, protocol, runs, network, folder)
+    _record(judged, results)
     verdicts = {f"verdict {n + 1}": sentence for n, sentence in enumerate(results["verdicts"])}
     return verdicts | {"report": folder / "report.html"}
 
@@ -119,15 +123,13 @@ def results_of(
     source: Source,
     protocol: Protocol,
     runs: Sequence[dict[str, Any]],
-    network: Teacher,
+    network: Teacher | None,
     folder: Path,
 ) -> dict[str, Any]:
-    """Return what the trainings and a network say of a set, written to a folder as a report, and on the set's card."""
+    """Return what the trainings and a network, if there is one, say of a set, written to a folder as a report."""
     counts = {arm: len(source.train()) if arm == "real" else len(judged.squares) for arm in protocol.arms}
     table = table_of(runs, counts, len(source.test()))
     made, labels = judged.squares.pixels, torch.tensor(judged.squares.targets)
-    real, real_labels = _sample(source, judged.image_size, judged.resize)
-    figures = judge(network, protocol.teacher, made, labels, real, real_labels)
     results: dict[str, Any] = {
         "set": {
             "name": judged.name,
@@ -137,29 +139,47 @@ def results_of(
             "image_size": judged.image_size,
             "fingerprint": judged.fingerprint,
         },
-        "protocol": dataclasses.asdict(protocol) | {"teacher": without_folders(name_of(protocol.teacher))},
+        "protocol": dataclasses.asdict(protocol) | {"teacher": without_folders(protocol.teacher)},
         "versions": {"python": platform.python_version()} | {package: version(package) for package in VERSIONS},
         "device": default_device().type,
         "runs": runs,
         "table": table,
         "verdicts": sentences(table),
         "ranking": dd_ranking(table, protocol.students[0]),
-        "pictures": figures.as_dict(),
+        "pictures": {},
     }
-    by_class = [made[labels == label] for label in labels.unique().tolist()]
-    names = [source.classes[label] for label in labels.unique().tolist()]
-    pictures = {
-        "distilled": grid(by_class, names),
-        "nearest real": side_by_side(made, real, figures.nearest, figures.nearest_distance),
-    }
-    dataset = judged.dataset
-    if dataset and (decoded := dataset.folder / "prototypes.png").exists():
-        pictures["prototypes"] = Image.open(decoded)
-    of_made, of_real = features_of(network, made)[0], features_of(network, real)[0]
-    write_report(results, folder, pictures, (of_made, labels, of_real, real_labels))
-    if dataset and dataset.revision is None:
-        _record(dataset, results)
+    first = [(labels == label).nonzero().flatten()[:MAX_COLUMNS] for label in range(min(len(source.classes), MAX_ROWS))]
+    shown = [(made[some], name) for some, name in zip(first, source.classes, strict=False) if len(some)]
+    pictures = {"The distilled images.": grid([row for row, _ in shown], [name for _, name in shown])}
+    if judged.dataset:
+        with suppress(OSError, Image.DecompressionBombError):  # it may be missing, or huge
+            pictures["The prototypes, through the VAE alone."] = Image.open(judged.dataset.folder / "prototypes.png")
+    features: Features | None = None
+    if network is not None:
+        real, real_labels = _sample(source, judged.image_size, judged.resize)
+        figures = judge(network, without_folders(protocol.teacher), made, labels, real, real_labels)
+        results["pictures"] = figures.as_dict() | {"real_images": len(real)}
+        beside = side_by_side(made, real, figures.nearest, figures.nearest_distance)
+        pictures["The distilled images that are nearest to a real one, beside it, with their distance."] = beside
+        features = (features_of(network, made)[0], labels, features_of(network, real)[0], real_labels)
+    write_report(results, folder, pictures, features)
     return results
+
+
+def network_of(protocol: Protocol, source: Source, judged: JudgedSet, cache_dir: Path | None) -> Teacher | None:
+    """Return the teacher, whose features judge the pictures; None where hard labels need none and there is none.
+
+    Raises:
+        InputError: where there is no such teacher, or it has no features.
+    """
+    try:
+        network = load_teacher(protocol.teacher, source, cache_dir).to(default_device()).eval()
+    except InputError:
+        if protocol.teacher != "auto" or "teacher" in protocol.labels:
+            raise
+        return None
+    features_of(network, judged.squares.pixels[:1])  # before the long work
+    return network
 
 
 def called(teacher: str, source: Source) -> str:
@@ -189,10 +209,16 @@ def _sample(source: Source, size: int, resize: Resize) -> tuple[Tensor, Tensor]:
     return pixels, torch.as_tensor(chosen.targets)
 
 
-def _record(dataset: DistilledDataset, results: dict[str, Any]) -> None:
-    """Put the verdict in the set's record and on its card."""
-    kept = {name: results[name] for name in ("verdicts", "table", "protocol")}
-    metadata = dataset.metadata | {"results": kept}
-    with written_whole(dataset.folder / "d4m.json") as path:
-        path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
-    write_card(Path(dataset.root), dataset.folder.name, metadata)
+def _record(judged: JudgedSet, results: dict[str, Any]) -> None:
+    """Put the verdict in the record of a set of ours, and on its card."""
+    dataset = judged.dataset
+    if dataset is None or dataset.revision is not None:
+        return
+    metadata = dataset.metadata | {"results": {name: results[name] for name in ("verdicts", "table", "protocol")}}
+    try:
+        with written_whole(dataset.folder / "d4m.json") as path:
+            path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+        write_card(Path(dataset.root), dataset.folder.name, metadata)
+    except OSError as error:
+        sentence = f"the results could not be put on the card of {str(dataset.root)!r} ({error.strerror})."
+        warnings.warn(sentence, InputWarning, stacklevel=2)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 MOST_CLASSES = 30  # that a figure by class can show
-MOST_POINTS = 2000  # real images in the t-SNE
+MOST_POINTS = 2000  # of either kind in the t-SNE
 OURS, OTHERS = "#d1495b", "#30638e"
 
 Features = tuple[Tensor, Tensor, Tensor, Tensor]  # of distilled images, (N, D), their labels, of real ones, theirs
@@ -46,7 +46,7 @@ def accuracy(results: dict[str, Any], path: Path) -> str:
     table = results["table"]
     panels = list(dict.fromkeys((row["student"], row["labels"]) for row in table))
     figure = _figure(5 * min(len(panels), 2), (1 + 0.4 * len(results["protocol"]["arms"])) * -(-len(panels) // 2))
-    axes = figure.subplots(-(-len(panels) // 2), min(len(panels), 2), squeeze=False, sharex=True).flat
+    axes = list(figure.subplots(-(-len(panels) // 2), min(len(panels), 2), squeeze=False, sharex=True).flat)
     for axis, (student, labels) in zip(axes, panels, strict=False):
         rows = [row for row in table if (row["student"], row["labels"]) == (student, labels)][::-1]
         means = [100 * row["mean"] for row in rows]
@@ -56,7 +56,7 @@ def accuracy(results: dict[str, Any], path: Path) -> str:
         axis.bar_label(bars, [f"{mean:.1f}" for mean in means], padding=4)
         axis.set(title=f"{student}, {labels} labels", xlabel="accuracy on real test images, %")
         axis.margins(x=0.15)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.axis("off")
     figure.savefig(path, dpi=120)
     return "Mean accuracy of each arm; the bars are one standard deviation over the seeds."
@@ -130,9 +130,8 @@ def tsne(results: dict[str, Any], features: Features, path: Path) -> str:
     """Draw distilled images among real ones as the network sees them."""
     from sklearn.manifold import TSNE
 
-    made, labels, real, real_labels = features
-    chosen = np.linspace(0, len(real) - 1, min(len(real), MOST_POINTS)).astype(int)
-    points = np.concatenate([made.numpy(), real.numpy()[chosen]])
+    made, labels, real, real_labels = (some.numpy()[_spread(len(some))] for some in features)
+    points = np.concatenate([made, real])
     points /= np.linalg.norm(points, axis=1, keepdims=True).clip(1e-12)
     perplexity = min(30, (len(points) - 1) / 3)
     placed = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(points)
@@ -141,7 +140,7 @@ def tsne(results: dict[str, Any], features: Features, path: Path) -> str:
     figure = _figure(8, 6)
     axis = figure.subplots()
     ours, others = placed[: len(made)], placed[len(made) :]
-    axis.scatter(*others.T, s=6, alpha=0.35, c=[colours(label) for label in real_labels[chosen].tolist()], lw=0)
+    axis.scatter(*others.T, s=6, alpha=0.35, c=[colours(label) for label in real_labels.tolist()], lw=0)
     axis.scatter(*ours.T, s=45, marker="^", c=[colours(label) for label in labels.tolist()], edgecolors="k", lw=0.8)
     if len(names) <= MOST_CLASSES:
         for label, name in enumerate(names):
@@ -150,6 +149,11 @@ def tsne(results: dict[str, Any], features: Features, path: Path) -> str:
     axis.set(xticks=[], yticks=[], title=f"t-SNE of the features of the teacher {results['pictures']['network']}")
     figure.savefig(path, dpi=120)
     return "Distilled images (outlined triangles) among real training images (dots), coloured by class."
+
+
+def _spread(count: int) -> np.ndarray:
+    """Return places spread evenly over so many, at most 2,000."""
+    return np.linspace(0, count - 1, min(count, MOST_POINTS)).astype(int)
 
 
 def _colours(count: int) -> Callable[[int], Any]:

@@ -38,7 +38,7 @@ class PictureFigures:
         agreement: share of the distilled images that the network names as their label says.
         real_agreement: the same of the real images, to compare it with.
         coverage: share of the real images that have a distilled one among their neighbours.
-        near_copies: number of distilled images that are very near to a real one.
+        near_copies: number of distilled images that are very near to one of the real images that are given.
         blank: number of distilled images of one colour.
         nearest: index of the real image nearest to each distilled one, int64, shape (N,).
         nearest_distance: how far that is, in [0, 2], float32, shape (N,).

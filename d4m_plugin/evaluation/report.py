@@ -16,6 +16,7 @@ from d4m_plugin.card import percent
 from d4m_plugin.evaluation.figures import Features, draw_all
 from d4m_plugin.evaluation.verdict import points_of
 
+WIDEST = 1600  # pixels of a picture in the page
 COLUMNS = ("student", "labels", "arm", "images", "mean", "std", "seeds", "difference", "interval", "verdict")
 
 STYLE = """
@@ -79,6 +80,7 @@ WHAT_FIGURES_SAY = {
     "coverage": ("Coverage", "share of the real images that have a distilled one among their five nearest"),
     "near_copies": ("Near copies", "images nearer to a real one than 99 % of real images are to another"),
     "blank": ("Blank", "images of one colour"),
+    "real_images": ("Real images", "training images, drawn from all, that the pictures are compared with"),
 }
 
 SCORES = {
@@ -125,7 +127,7 @@ def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: d
         "<h2>Pictures</h2>",
         *(_figure(caption, picture) for caption, picture in pictures.items()),
         *_section(
-            f"What the features of the teacher {results['pictures']['network']} say of the pictures",
+            f"What the features of the teacher {results['pictures'].get('network')} say of the pictures",
             {
                 name: f"{_number(results['pictures'][key])}: {what}"
                 for key, (name, what) in WHAT_FIGURES_SAY.items()
@@ -162,7 +164,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _figure(caption: str, picture: Image.Image) -> str:
-    file = io.BytesIO()
+    file, picture = io.BytesIO(), picture.copy()
+    picture.thumbnail((WIDEST, 4 * WIDEST))
     picture.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
     text = html.escape(caption)

@@ -1,27 +1,36 @@
 """One training for each arm, kind of labels, student and seed, alike in all but the images; each is done once."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning as L
+import numpy as np
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
+from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.callbacks import TeacherMatching
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
 from d4m_plugin.errors import InputError
-from d4m_plugin.evaluation.arms import ARMS, Arm, Arms, slice_of
+from d4m_plugin.evaluation.arms import ARMS, Arm, Arms, Squared
 from d4m_plugin.models.classifier import ImageClassifier
+from d4m_plugin.screening import WithoutBadImages, check_images, test_fingerprint
+from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import LabelledImages
+from d4m_plugin.subsets import Chosen, at_most
 
 Labels = Literal["teacher", "hard"]
 CURVE = 50  # points of a training curve
@@ -41,7 +50,7 @@ class Protocol:
         steps: updates of each training.
         batch_size: images a batch.
         learning_rates: of several, each arm gets the one that does best, at the first seed, on a slice of real training
-            images that it does not train on; never on the test images.
+            images that no arm trains on meanwhile; never on the test images.
         teacher: as TeacherMatching takes it.
 
     Raises:
@@ -108,23 +117,38 @@ class Trainings:
         record: a file of a line of JSON for each training; what is there under the same protocol is not done again.
         compile: compile student and teacher.
         num_workers: processes that read images that do not fit in memory.
+        cache_dir: as for D4MDataModule.
+
+    Raises:
+        InputError: where an arm cannot be made.
     """
 
     def __init__(
-        self, arms: Arms, protocol: Protocol, record: Path, compile: bool = False, num_workers: int = 0
+        self,
+        arms: Arms,
+        protocol: Protocol,
+        record: Path,
+        compile: bool = False,
+        num_workers: int = 0,
+        cache_dir: Path | None = None,
     ) -> None:
         self.arms, self.protocol, self.record = arms, protocol, record
-        self.compile, self.num_workers = compile, num_workers
-        judged = arms.judged
+        self.compile, self.num_workers, self.cache_dir = compile, num_workers, cache_dir
+        if not isinstance(arms.source, WithoutBadImages):
+            of = f"training images of {arms.source.name}"
+            cache = resolve_cache_dir(cache_dir)
+            check_images(arms.source.train(), of, arms.source.fingerprint, cache, num_workers)
+        for arm in protocol.arms:
+            arms.check(arm)
+        judged, source = arms.judged, arms.source
         self._decides = {
-            "source": arms.source.fingerprint,
-            "squares": [judged.image_size, judged.resize, judged.ipc],
+            "source": [source.fingerprint, test_fingerprint(source, source.test()), list(source.classes)],
+            "seen": [source.mean, source.std, source.flip, judged.image_size, judged.resize],
             "steps": protocol.steps,
             "batch_size": protocol.batch_size,
         }
         self._done: dict[str, dict[str, Any]] = {}
         self._made: dict[Arm, LabelledImages] = {}
-        self._slice: tuple[Tensor, Tensor] | None = None
         if record.exists():
             *lines, broken = record.read_text(encoding="utf-8").split("\n")
             if broken:  # a kill while it was written
@@ -164,8 +188,9 @@ class Trainings:
 
     def _result(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
         teacher = self.protocol.teacher if run.labels == "teacher" else None
-        of_set = None if run.arm in ("random", "real") else self.arms.judged.fingerprint
-        decides = self._decides | {"set": of_set, "teacher": teacher} | dataclasses.asdict(run)
+        judged = self.arms.judged
+        of_arm = {"random": judged.counts, "real": None}.get(run.arm, judged.fingerprint)
+        decides = self._decides | {"set": of_arm, "teacher": _digest(teacher)} | dataclasses.asdict(run)
         key = json.dumps(decides, sort_keys=True)
         if key not in self._done:
             bar.set_postfix_str(str(run))
@@ -181,25 +206,25 @@ class Trainings:
 
     def _train(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
         judged, protocol = self.arms.judged, self.protocol
-        L.seed_everything(run.seed, verbose=False)
+        images = self._images(run)
+        L.seed_everything(run.seed, verbose=False)  # after the images, whose making may draw
         data = D4MDataModule(
             self.arms.source,
             train_on="real" if run.arm == "real" else "random",
             batch_size=protocol.batch_size,
             num_workers=self.num_workers,
-            ipc=judged.ipc,
             image_size=judged.image_size,
             resize=judged.resize,
-            seed=run.seed,
+            cache_dir=self.cache_dir,
         )
-        if run.arm not in ("real", "random"):
-            data.training_set = self._images(run.arm, run.seed)
+        data.training_set = images
         student = ImageClassifier(data.num_classes, data.image_size, run.student, run.lr, compile=self.compile)
         curve = _Curve(protocol.steps, bar)
         teacher = protocol.teacher if run.labels == "teacher" else None
         trainer = L.Trainer(
             max_steps=protocol.steps,
             devices=1,
+            plugins=[LightningEnvironment()],  # one process, under SLURM and torchrun too
             precision=trainer_precision(),
             callbacks=[TeacherMatching(teacher, compile_teacher=self.compile), curve],
             limit_val_batches=0,
@@ -216,32 +241,53 @@ class Trainings:
             labels = torch.as_tensor(self.arms.source.test().targets)
         confusion = (labels * data.num_classes + named).bincount(minlength=data.num_classes**2)
         return {
-            "accuracy": round((named == labels).float().mean().item(), 6),
+            "accuracy": int((named == labels).sum()) / len(labels),
             "confusion": confusion.view(data.num_classes, -1).tolist() if data.num_classes <= MOST_CLASSES else None,
             "losses": curve.points,
         }
 
-    def _images(self, arm: Arm, seed: int) -> LabelledImages:
-        """Return the images of an arm, those that no seed changes made once."""
-        if arm == "reconstructed":
-            return self.arms.images(arm, seed)
-        if arm not in self._made:
-            self._made[arm] = self.arms.images(arm, seed)
-        return self._made[arm]
+    def _images(self, run: Run) -> LabelledImages:
+        """Return what a run trains on; what no seed changes is made once."""
+        if run.choosing:
+            return self._arms_beside_the_slice.images(run.arm, run.seed)
+        if run.arm in ("random", "reconstructed"):
+            return self.arms.images(run.arm, run.seed)
+        if run.arm not in self._made:
+            self._made[run.arm] = self.arms.images(run.arm, run.seed)
+        return self._made[run.arm]
+
+    @cached_property
+    def _slice(self) -> Chosen:
+        """Real training images, as many of each class, by which learning rates are chosen."""
+        train = self.arms.source.train()
+        smallest = int(np.bincount(np.asarray(train.targets)).min())
+        per_class = max(1, min(SLICE // len(self.arms.source.classes), smallest // 5))
+        return at_most(train, per_class, seed_of(-1))  # a draw of its own, whatever the seeds of the arms
+
+    @cached_property
+    def _arms_beside_the_slice(self) -> Arms:
+        left_out = torch.from_numpy(self._slice.indices)
+        return Arms(self.arms.judged, self.arms.source, self.arms.diffusion, left_out)
 
     @torch.inference_mode()
     def _named_of_the_slice(self, student: ImageClassifier, data: D4MDataModule) -> tuple[Tensor, Tensor]:
-        if self._slice is None:
-            per_class = max(1, SLICE // data.num_classes)
-            self._slice = slice_of(self.arms.source, data.image_size, self.arms.judged.resize, per_class)
-        pixels, labels = self._slice
-        device = default_device()
+        judged, device = self.arms.judged, default_device()
+        squares = Squared(self._slice, judged.image_size, judged.resize)
+        pixels = torch.stack([pil_to_tensor(squares[number][0]) for number in range(len(squares))])
         student.to(device).eval()
         with autocast(device, compute_dtype(device)):
             named = [
                 student(data.normalised(batch.to(device))).argmax(1) for batch in pixels.split(self.protocol.batch_size)
             ]
-        return torch.cat(named).cpu(), labels
+        return torch.cat(named).cpu(), torch.as_tensor(squares.targets)
+
+
+def _digest(teacher: str | None) -> str | None:
+    """Return what tells a teacher from others: a file by its content."""
+    if teacher is None or not Path(teacher).is_file():
+        return teacher
+    with Path(teacher).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Curve(L.Callback):

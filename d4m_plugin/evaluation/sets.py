@@ -1,6 +1,8 @@
 """The set that is judged: one of ours, or images that any other method distilled."""
 
 import hashlib
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from d4m_plugin.distilled import DistilledDataset
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.preview import to_pil
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.sharing import OthersSet, find_set, labels_of
@@ -46,20 +48,25 @@ class JudgedSet:
     Attributes:
         name: what the report calls it.
         squares: its images and labels, those of the source's classes.
-        ipc: images per class, of the fullest class where they differ.
+        counts: images of each class.
         image_size: edge in pixels of what students see.
         resize: how real images that are not square become so.
-        fingerprint: tells it from others.
+        fingerprint: a hash of the images and labels.
         dataset: itself, where it is one of ours.
     """
 
     name: str
     squares: Squares
-    ipc: int
+    counts: list[int]
     image_size: int
     resize: Resize
     fingerprint: str
     dataset: DistilledDataset | None = None
+
+    @property
+    def ipc(self) -> int:
+        """Images per class, of the fullest where they differ."""
+        return max(self.counts)
 
 
 def open_set(name: str, source: Source, config_name: str | None = None) -> JudgedSet:
@@ -89,7 +96,12 @@ def open_set(name: str, source: Source, config_name: str | None = None) -> Judge
         return _of_a_file(path, source)
     if any(path.glob("*/d4m.json")):
         return ours(DistilledDataset(path.resolve(), config_name), source)
-    folders = class_folders(path)
+    try:
+        folders = class_folders(path)
+    except InputError as error:
+        raise InputError(
+            f"`distilled_set` is {name!r}: no set of ours lies there, and no folders of images."
+        ) from error
     files = index(path, folders)
     label_of = labels_of([readable(folder) for folder in folders], source, str(path))
     return _others(path.resolve().name, OthersSet(files, label_of), source)
@@ -103,22 +115,22 @@ def ours(dataset: DistilledDataset, source: Source) -> JudgedSet:
     """
     if dataset.classes != list(source.classes):
         raise InputError(f"`source` is {source.name}, whose classes are not those of the distilled set.")
-    return JudgedSet(
-        name=f"{dataset.metadata['source']['name']}-{dataset.folder.name}",
-        squares=Squares(dataset.images, dataset.targets),
-        ipc=dataset.recipe["ipc"],
-        image_size=dataset.recipe["image_size"],
-        resize=dataset.recipe["resize"],
-        fingerprint=dataset.metadata["fingerprint"],
-        dataset=dataset,
-    )
+    if dataset.metadata["source"]["fingerprint"] != source.fingerprint:
+        sentence = (
+            f"the set was not distilled from the training images of {source.name} as they are given here (other files, "
+            "or test images set apart otherwise): some of these test images may be in it."
+        )
+        warnings.warn(sentence, InputWarning, stacklevel=2)
+    name = f"{dataset.metadata['source']['name']}-{dataset.folder.name}"
+    squares = Squares(dataset.images, dataset.targets)
+    return _judged(name, squares, source, dataset.recipe["image_size"], dataset.recipe["resize"], dataset)
 
 
 def _of_a_file(path: Path, source: Source) -> JudgedSet:
     try:
         held: Any = torch.load(path, map_location="cpu", weights_only=True)
         images, labels = (held["images"], held["labels"]) if isinstance(held, dict) else held
-        labels = labels.long().flatten()
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels).long().flatten()
     except Exception as error:  # torch and pickle raise all kinds for a file that is something else
         raise InputError(
             f"`distilled_set` is {str(path)!r}, which does not hold tensors of `images` and `labels`."
@@ -136,14 +148,28 @@ def _of_a_file(path: Path, source: Source) -> JudgedSet:
 
 def _others(name: str, images: LabelledImages, source: Source) -> JudgedSet:
     size = source.image_size
-    pixels = torch.stack([to_pixels(images[index][0], size) for index in range(len(images))])
-    counts = torch.as_tensor(images.targets).bincount(minlength=len(source.classes))
-    digest = hashlib.sha256(pixels.numpy().tobytes() + bytes(str(list(images.targets)), "ascii"))
+    pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    for number in range(len(images)):
+        pixels[number] = to_pixels(images[number][0], size)
+    return _judged(name, Squares(pixels, [int(label) for label in images.targets]), source, size, "crop")
+
+
+def _judged(
+    name: str,
+    squares: Squares,
+    source: Source,
+    image_size: int,
+    resize: Resize,
+    dataset: DistilledDataset | None = None,
+) -> JudgedSet:
+    digest = hashlib.sha256(str(squares.targets).encode())
+    digest.update(squares.pixels.contiguous().numpy().data)
     return JudgedSet(
-        name=name,
-        squares=Squares(pixels, [int(label) for label in images.targets]),
-        ipc=int(counts.max()),
-        image_size=size,
-        resize="crop",
+        name=re.sub(r"[^\w.-]+", "-", name).strip(".-") or "set",  # a stranger's, which will be a folder's
+        squares=squares,
+        counts=torch.tensor(squares.targets).bincount(minlength=len(source.classes)).tolist(),
+        image_size=image_size,
+        resize=resize,
         fingerprint=digest.hexdigest()[:12],
+        dataset=dataset,
     )
