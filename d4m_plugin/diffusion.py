@@ -6,7 +6,7 @@
 
 import importlib.util
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,17 @@ class LatentDiffusion:
         whole = self.dtype == torch.float16 and self.pipeline.vae.dtype == torch.float32  # as some have to be
         return autocast(self.device, torch.float32 if whole else self.dtype)
 
+    def _or_in_tiles(self, work: Callable[[Tensor], Any], batch: Tensor) -> Any:
+        """Run the VAE, in tiles where the device's memory does not hold one image whole: rather seams than an end."""
+        vae = self.pipeline.vae
+        try:
+            return work(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) > 1 or getattr(vae, "use_tiling", True):
+                raise  # fewer images at once may do; or tiles do not
+        vae.enable_tiling()
+        return work(batch)
+
     def _shift_and_scale(self) -> tuple[Any, Any]:
         """Return what is taken from the VAE's output, and what the rest is multiplied by."""
         config = self.pipeline.vae.config
@@ -145,7 +156,7 @@ class LatentDiffusion:
         """
         vae = self.pipeline.vae
         with self._vae_autocast:
-            encoded = vae.encode((pixels.to(self.device) / 127.5 - 1).to(vae.dtype))
+            encoded = self._or_in_tiles(vae.encode, (pixels.to(self.device) / 127.5 - 1).to(vae.dtype))
         # A tiny VAE gives latents and no distribution.
         means = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
         shift, scale = self._shift_and_scale()
@@ -244,7 +255,7 @@ class LatentDiffusion:
         shift, scale = self._shift_and_scale()
         with self._vae_autocast:
             scaled = (latents.to(self.device) / scale + shift).to(vae.dtype)
-            images = vae.decode(scaled).sample.float()
+            images = self._or_in_tiles(vae.decode, scaled).sample.float()
         if size is not None and images.shape[-1] != size:
             images = torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True)
         pixels: Tensor = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

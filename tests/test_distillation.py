@@ -63,7 +63,7 @@ def test_the_same_recipe_gives_the_same_bytes(squares, tmp_path):
 
 
 def test_the_batch_size_changes_a_set_by_rounding_only(squares, tmp_path, monkeypatch, random_model):
-    monkeypatch.setattr(distillation, "LatentDiffusion", lambda *_: random_model)  # float32
+    monkeypatch.setattr(distillation, "LatentDiffusion", lambda *_, **__: random_model)  # float32
     whole = distill(squares, RECIPE, output=tmp_path / "whole")
     split = distill(squares, RECIPE, output=tmp_path / "split", batch_size=5)
     assert (whole.images.int() - split.images.int()).abs().max() <= 1

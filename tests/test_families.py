@@ -181,6 +181,30 @@ def test_large_images_are_decoded_a_few_at_a_time_with_the_same_result(folder, m
     assert torch.equal(model.decode(starts(model)), together)
 
 
+def test_the_vae_works_in_tiles_where_memory_does_not_hold_one_image(folder, monkeypatch):
+    model = LatentDiffusion(folder("sd"), dtype=torch.float32)
+    vae = model.pipeline.vae
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator_of(2))
+    whole = model.encode(pixels)
+
+    def too_small_for(work):
+        def run(batch, *args, **kwargs):
+            if len(batch) > 1 or not vae.use_tiling:
+                raise torch.OutOfMemoryError
+            return work(batch, *args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(vae, "encode", too_small_for(vae.encode))
+    monkeypatch.setattr(vae, "decode", too_small_for(vae.decode))
+    with pytest.raises(torch.OutOfMemoryError):
+        model.encode(pixels)  # of two images, one is tried next
+    assert not vae.use_tiling
+    tiled = torch.cat([model.encode(image[None]) for image in pixels])
+    assert (vae.use_tiling, tiled.shape) == (True, whole.shape)
+    assert model.decode(tiled[:1]).shape == (1, 3, 32, 32)
+
+
 def test_a_compiled_denoiser_computes_the_same(folder):
     plain, compiled = (LatentDiffusion(folder("sd"), dtype=torch.float32, compile=each) for each in (False, True))
     options = {"num_inference_steps": 3, "guidance_scale": 5.0}
