@@ -124,9 +124,10 @@ def test_a_budget_is_a_word_or_a_number_of_steps(budget, steps):
         assert steps_of(budget, images=101, batch_size=100) == steps
 
 
-def test_what_is_nowhere_is_no_set(squares):
-    with pytest.raises(InputError, match="`distilled_set` is 'nowhere': no folder or file here"):
-        open_set("nowhere", squares)
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere"])
+def test_what_is_nowhere_is_no_set(squares, name):
+    with pytest.raises(InputError, match=f"`distilled_set` is '{name}': no folder or file here"):
+        open_set(name, squares)
 
 
 def test_distilled_and_random_are_always_compared():

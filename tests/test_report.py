@@ -1,14 +1,20 @@
 """The report of an evaluation: everything in one folder, and one page that needs nothing else."""
 
 import csv
+import html
+import inspect
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from d4m_plugin.evaluation.evaluate import evaluate
+from d4m_plugin.evaluation.figures import MOST_POINTS, _spread
 from d4m_plugin.evaluation.report import write_report
 from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
 
@@ -60,7 +66,8 @@ def results_of(classes, seeds=2):
         "table": table,
         "verdicts": sentences(table),
         "ranking": dd_ranking(table, "convnet"),
-        "pictures": {"network": "toys", "frechet_distance": None, "coverage": 0.25, "near_copies": 1234},
+        "pictures": {"network": "toys", "frechet_distance": None, "coverage": 0.25, "near_copies": 1234}
+        | {"kernel_distance": -0.01, "inception_score": 1234.5},
     }
 
 
@@ -119,6 +126,10 @@ def test_the_page_says_the_verdicts_first_in_words(tmp_path):
     assert "51.0 ± 1.4" in text  # random: 50 and 52 %
     assert "\N{MINUS SIGN}1.0 ± 12.7 points" in text
     assert "1,234: images nearer to a real one" in text
+    assert "25.0 % of the real images" in text
+    assert "\N{MINUS SIGN}0.01: to the real images" in text
+    assert "1,234: from 1 to" in text  # 1234.5, without an exponent
+    assert "\N{MINUS SIGN}0.010: what the set gains" in text
     assert "Fréchet" not in text  # there is none
 
 
@@ -133,5 +144,33 @@ def test_a_class_name_is_text_and_never_code(tmp_path):
 def test_one_seed_and_many_classes_leave_out_what_cannot_be_shown(tmp_path):
     text = write_report(results_of([f"class {n}" for n in range(40)], seeds=1), tmp_path, {}).read_text()
     assert "with one seed, which tells nothing" in text
+    assert "Accuracy of each arm, with one seed." in text
+    assert "one standard deviation" not in text
     assert not (tmp_path / "confusion.png").exists()
     assert (tmp_path / "accuracy.png").exists()
+
+
+def test_a_name_with_dollars_is_no_formula(tmp_path, features):
+    results = results_of((r"$\frac$", "$x^{$"))
+    results["pictures"]["network"] = r"$\unknown$"
+    write_report(results, tmp_path, {}, features)
+    assert (tmp_path / "tsne.png").exists()
+
+
+def test_classes_that_come_in_turn_are_all_drawn_among_the_points():
+    labels = np.arange(5000) % 10
+    assert np.bincount(labels[_spread(5000)], minlength=10).min() > MOST_POINTS / 10 / 2
+    assert _spread(7).tolist() == list(range(7))
+
+
+def test_the_command_to_run_it_again_has_the_options_of_evaluate(tmp_path):
+    results = results_of(("cat", "dog"))
+    results["protocol"]["teacher"] = "<my> last.ckpt"
+    text = write_report(results, tmp_path, {}).read_text()
+    command = html.unescape(re.search("<pre>(.*?)</pre>", text, re.DOTALL)[1])
+    words = shlex.split(command.replace("\\\n", ""))
+    assert words[:3] == ["d4m", "evaluate", "SET"]
+    options = dict(zip(words[3::2], words[4::2], strict=True))
+    assert {name.removeprefix("--") for name in options} <= set(inspect.signature(evaluate).parameters)
+    assert json.loads(options["--arms"]) == ["distilled", "random", "real"]
+    assert (options["--teacher"], options["--budget"]) == ("<my> last.ckpt", "2")

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 MOST_CLASSES = 30  # that a figure by class can show
+MOST_COLOURS = 20  # of classes that can be told apart in the t-SNE
 MOST_POINTS = 2000  # of either kind in the t-SNE
 OURS, OTHERS = "#d1495b", "#30638e"
 
@@ -45,20 +46,22 @@ def accuracy(results: dict[str, Any], path: Path) -> str:
     """Draw the mean accuracy of each arm, a panel for each kind of labels and student, the distilled set in red."""
     table = results["table"]
     panels = list(dict.fromkeys((row["student"], row["labels"]) for row in table))
-    figure = _figure(5 * min(len(panels), 2), (1 + 0.4 * len(results["protocol"]["arms"])) * -(-len(panels) // 2))
-    axes = list(figure.subplots(-(-len(panels) // 2), min(len(panels), 2), squeeze=False, sharex=True).flat)
-    for axis, (student, labels) in zip(axes, panels, strict=False):
+    one_seed = table[0]["std"] is None
+    figure = _figure(6, (1 + 0.4 * len(results["protocol"]["arms"])) * len(panels))  # one column, for phones
+    axes = figure.subplots(len(panels), squeeze=False, sharex=True).flat
+    for axis, (student, labels) in zip(axes, panels, strict=True):
         rows = [row for row in table if (row["student"], row["labels"]) == (student, labels)][::-1]
         means = [100 * row["mean"] for row in rows]
-        errors = [100 * (row["std"] or 0) for row in rows]
+        errors = None if one_seed else [100 * row["std"] for row in rows]
         colours = [OURS if row["arm"] == "distilled" else OTHERS for row in rows]
         bars = axis.barh([row["arm"] for row in rows], means, xerr=errors, color=colours, capsize=3)
         axis.bar_label(bars, [f"{mean:.1f}" for mean in means], padding=4)
-        axis.set(title=f"{student}, {labels} labels", xlabel="accuracy on real test images, %")
+        axis.set(title=f"{student}, {labels} labels")
         axis.margins(x=0.15)
-    for axis in axes[len(panels) :]:
-        axis.axis("off")
+    axes[-1].set(xlabel="accuracy on real test images, %")
     figure.savefig(path, dpi=120)
+    if one_seed:
+        return "Accuracy of each arm, with one seed."
     return "Mean accuracy of each arm; the bars are one standard deviation over the seeds."
 
 
@@ -80,7 +83,7 @@ def by_class(results: dict[str, Any], path: Path) -> str:
         axis.bar(places + shift, 100 * counts.diagonal() / counts.sum(1).clip(1), 0.4, color=colour, label=arm)
     axis.set_xticks(places, names, rotation=45 if len(names) > 6 else 0, ha="right" if len(names) > 6 else "center")
     axis.set(ylabel="accuracy, %", title=f"{first['student']}, {first['labels']} labels")
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # no bar is under it
     figure.savefig(path, dpi=120)
     return "Accuracy of each class, all seeds together."
 
@@ -109,8 +112,8 @@ def losses(results: dict[str, Any], path: Path) -> str:
     """Draw the training loss of each arm, the mean of its seeds, a panel for each kind of labels."""
     first = results["table"][0]["student"]
     kinds = results["protocol"]["labels"]
-    figure = _figure(5 * len(kinds), 4)
-    for axis, labels in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+    figure = _figure(6, 3.5 * len(kinds))
+    for axis, labels in zip(figure.subplots(len(kinds), squeeze=False).flat, kinds, strict=True):
         others = itertools.cycle(["#30638e", "#edae49", "#3d9970", "#8e6c8a", "#7f7f7f", "#17becf"])
         for arm in results["protocol"]["arms"]:
             key = {"student": first, "labels": labels, "arm": arm}
@@ -142,26 +145,32 @@ def tsne(results: dict[str, Any], features: Features, path: Path) -> str:
     ours, others = placed[: len(made)], placed[len(made) :]
     axis.scatter(*others.T, s=6, alpha=0.35, c=[colours(label) for label in real_labels.tolist()], lw=0)
     axis.scatter(*ours.T, s=45, marker="^", c=[colours(label) for label in labels.tolist()], edgecolors="k", lw=0.8)
-    if len(names) <= MOST_CLASSES:
+    if len(names) <= MOST_COLOURS:
         for label, name in enumerate(names):
             axis.scatter([], [], color=colours(label), label=_short(name))
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    axis.set(xticks=[], yticks=[], title=f"t-SNE of the features of the teacher {results['pictures']['network']}")
+    network = _plain(results["pictures"]["network"])
+    axis.set(xticks=[], yticks=[], title=f"t-SNE of the features of the teacher {network}")
     figure.savefig(path, dpi=120)
     return "Distilled images (outlined triangles) among real training images (dots), coloured by class."
 
 
 def _spread(count: int) -> np.ndarray:
-    """Return places spread evenly over so many, at most 2,000."""
-    return np.linspace(0, count - 1, min(count, MOST_POINTS)).astype(int)
+    """Return places drawn from so many, in order, at most 2,000: even steps miss classes that come in turn."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:MOST_POINTS])
 
 
 def _colours(count: int) -> Callable[[int], Any]:
     from matplotlib import colormaps
 
-    map_ = colormaps["tab10" if count <= 10 else "tab20" if count <= 20 else "hsv"]
-    return lambda label: map_(label) if count <= 20 else map_(label / count)
+    map_ = colormaps["tab10" if count <= 10 else "tab20" if count <= MOST_COLOURS else "hsv"]
+    return lambda label: map_(label) if count <= MOST_COLOURS else map_(label / count)
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 16 else f"{name[:15]}…"
+    return _plain(name if len(name) <= 16 else f"{name[:15]}…")
+
+
+def _plain(text: str) -> str:
+    """Return text that matplotlib shows as it is: between two dollars it would read a formula, or fail to."""
+    return text.replace("$", r"\$")

@@ -5,6 +5,7 @@ import csv
 import html
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,11 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 dl { display: grid; grid-template-columns: minmax(0, 35%) minmax(0, 1fr); gap: .3rem 1rem; } dd { margin: 0; }
 dt { font-weight: 600; }
+@media (max-width: 30rem) { dl { display: block; } dd { margin-bottom: .6rem; } }
 tr.ours { background: var(--soft); font-weight: 600; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
 figcaption { font-size: .9rem; }
-code { background: var(--soft); padding: .1rem .3rem; border-radius: .3rem; }
+pre { margin: 0; padding: .8rem 1rem; background: var(--soft); border-radius: .3rem; }
 """
 
 PAGE = """<!doctype html>
@@ -75,13 +77,15 @@ WHAT_FIGURES_SAY = {
     "frechet_distance": ("Fréchet distance (FID)", "to the real images, 0 is best; compare sets of one size only"),
     "kernel_distance": ("Kernel distance (KID)", "to the real images, 0 is best"),
     "inception_score": ("Inception score (IS)", "from 1 to the number of classes"),
-    "agreement": ("Named as their label", "share of the distilled images"),
-    "real_agreement": ("Real images named rightly", "share of the real images, for comparison"),
-    "coverage": ("Coverage", "share of the real images that have a distilled one among their five nearest"),
+    "agreement": ("Named as their label", "of the distilled images"),
+    "real_agreement": ("Real images named rightly", "of the real images, for comparison"),
+    "coverage": ("Coverage", "of the real images have a distilled one among their five nearest"),
     "near_copies": ("Near copies", "images nearer to a real one than 99 % of real images are to another"),
     "blank": ("Blank", "images of one colour"),
     "real_images": ("Real images", "training images, drawn from all, that the pictures are compared with"),
 }
+
+SHARES = ("agreement", "real_agreement", "coverage")  # told in percent
 
 SCORES = {
     "HLR": "what hard labels lose against all real images; less is better",
@@ -129,14 +133,20 @@ def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: d
         *_section(
             f"What the features of the teacher {results['pictures'].get('network')} say of the pictures",
             {
-                name: f"{_number(results['pictures'][key])}: {what}"
+                name: _told(key, results["pictures"][key], what)
                 for key, (name, what) in WHAT_FIGURES_SAY.items()
                 if results["pictures"].get(key) is not None
             },
         ),
-        *_section("DD-Ranking", {name: f"{score:.3f}: {SCORES[name]}" for name, score in results["ranking"].items()}),
+        *_section(
+            "DD-Ranking",
+            {key: f"{_signed(f'{score:.3f}')}: {SCORES[key]}" for key, score in results["ranking"].items()},
+        ),
         *_section("What was trained on", {arm: WHAT_ARMS_ARE[arm] for arm in protocol["arms"]}),
-        *_section("Alike for all", _alike(protocol)),
+        *_section("Alike for all", _alike(judged, protocol)),
+        "<h2>Run it again</h2>",
+        "<p>SET is the folder of the set, SOURCE the real images that it was distilled from.</p>",
+        _scrolling("command", f"<pre>{html.escape(_command(protocol))}</pre>"),
         *_section("Made with", results["versions"] | {"device": results["device"]}),
     ]
     return PAGE.format(title=title, style=STYLE, body="\n".join(parts))
@@ -160,7 +170,12 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f"<tr{ours}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>\n")
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody></table>"
-    return f'<div class="scroll">{table}</div>\n<p>{UNDER_THE_TABLE}</p>'
+    return f"{_scrolling('accuracies', table)}\n<p>{UNDER_THE_TABLE}</p>"
+
+
+def _scrolling(label: str, wide: str) -> str:
+    """Return a box that scrolls what is wider than the page, by keys too."""
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">{wide}</div>'
 
 
 def _figure(caption: str, picture: Image.Image) -> str:
@@ -179,11 +194,14 @@ def _section(title: str, rows: dict[str, Any]) -> list[str]:
     return [f"<h2>{html.escape(title)}</h2>", f"<dl>\n{lines}\n</dl>"]
 
 
-def _alike(protocol: dict[str, Any]) -> dict[str, Any]:
+def _alike(judged: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
+    edge, of_real = judged["image_size"], " (real: all)" if "real" in protocol["arms"] else ""
     rates = ", ".join(f"{rate:g}" for rate in protocol["learning_rates"])
     if len(protocol["learning_rates"]) > 1:
         rates += ": each arm has the best on a slice of real training images, by the first seed"
     return {
+        "images": f"{judged['ipc']} a class{of_real}, {edge} by {edge} pixels",
+        "students": ", ".join(protocol["students"]),
         "steps": f"{protocol['steps']:,} of {protocol['batch_size']} images; the last one counts",
         "seeds": f"{protocol['seeds']}, of the student's weights, the batches and the random images",
         "learning rate": rates,
@@ -192,5 +210,21 @@ def _alike(protocol: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+def _command(protocol: dict[str, Any]) -> str:
+    """Return the command of an evaluation; where the set and the real images lie is not recorded."""
+    options = {name: json.dumps(list(protocol[name])) for name in ("arms", "labels", "students", "learning_rates")}
+    options |= {name: str(protocol[name]) for name in ("seeds", "batch_size", "teacher")}
+    options["budget"] = str(protocol["steps"])
+    told = [f"--{name} {shlex.quote(value)}" for name, value in options.items()]
+    return " \\\n    ".join(["d4m evaluate SET --source SOURCE", *told])
+
+
+def _told(key: str, value: float, what: str) -> str:
+    if key in SHARES:
+        return f"{100 * value:.1f} % {what}"
+    number = f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+    return f"{_signed(number)}: {what}"
+
+
+def _signed(number: str) -> str:
+    return number.replace("-", "\N{MINUS SIGN}", 1) if number.startswith("-") else number

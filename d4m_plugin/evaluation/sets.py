@@ -83,7 +83,7 @@ def open_set(name: str, source: Source, config_name: str | None = None) -> Judge
         InputError: where there is no such set, or its classes are not the source's.
     """
     path = Path(name).expanduser()
-    if not path.exists() and name.count("/") != 1:
+    if not path.exists() and (name.count("/") != 1 or name[0] in "./~"):
         raise InputError(f"`distilled_set` is {name!r}: no folder or file here, and no name of the Hub's (user/name).")
     if not path.exists():
         found = find_set(source, Recipe(), name, config_name)
