@@ -70,7 +70,8 @@ def test_training_images_are_augmented_and_others_only_normalised(squares):
             seen["val"] = batch[0]
             super().validation_step(batch, batch_idx)
 
-    data = D4MDataModule(squares, train_on="real", batch_size=18)
+    half = (0.08, 0.5)  # at most, or a crop may by chance be the whole image
+    data = D4MDataModule(squares, train_on="real", batch_size=18, crop_scale=half)
     trainer = quiet_trainer(max_epochs=1, num_sanity_val_steps=0)
     trainer.fit(Sees(3, 16), datamodule=data)
     torch.testing.assert_close(seen["val"], data.normalised(torch.cat([x for x, _ in data.val_dataloader()])))
