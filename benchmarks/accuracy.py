@@ -21,14 +21,13 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from jsonargparse import auto_cli
-from PIL import Image
 
 from d4m_plugin import D4MDataModule, Digits, ImageClassifier, LatentDiffusion, Source, TeacherMatching
 from d4m_plugin.devices import trainer_precision
+from d4m_plugin.evaluation.sets import Squares
 from d4m_plugin.lightning_cli import DEFAULT_STEPS
-from d4m_plugin.preview import to_pil
 from d4m_plugin.sources import LabelledImages
-from d4m_plugin.sources.images import to_pixels
+from d4m_plugin.sources.images import squares_of
 
 Arm = Literal["distilled", "random", "round trip", "real"]
 Labels = Literal["soft", "hard"]
@@ -36,19 +35,10 @@ Changes = dict[Literal["data", "model", "matching"], dict[str, Any]]
 BATCH = 100  # images, as in the paper's supplement
 
 
-class ThroughTheVAE:
-    """Images as the diffusion model's VAE gives them back: what its reconstruction alone costs."""
-
-    def __init__(self, images: LabelledImages, model: LatentDiffusion) -> None:
-        self.targets = images.targets
-        pixels = torch.stack([to_pixels(images[index][0], model.resolution) for index in range(len(images))])
-        self.pixels = torch.cat([model.decode(model.encode(batch)) for batch in pixels.split(BATCH)])
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return to_pil(self.pixels[index]), int(self.targets[index])
+def through_the_vae(images: LabelledImages, model: LatentDiffusion) -> Squares:
+    """Return images as the diffusion model's VAE gives them back: what its reconstruction alone costs."""
+    batches = squares_of(images, model.resolution).split(BATCH)
+    return Squares(torch.cat([model.decode(model.encode(batch)) for batch in batches]), images.targets)
 
 
 def accuracy(
@@ -68,7 +58,8 @@ def accuracy(
     options = {"batch_size": BATCH} | (recipe if arm == "distilled" else {}) | changes.get("data", {})
     data = D4MDataModule(source, train_on=drawn, ipc=ipc or 1, seed=seed, **options)
     if arm == "round trip":
-        data.training_set = ThroughTheVAE(data.training_set, LatentDiffusion(recipe.get("diffusion", source.diffusion)))
+        model = LatentDiffusion(recipe.get("diffusion", source.diffusion))
+        data.training_set = through_the_vae(data.training_set, model)
     student = ImageClassifier(data.num_classes, data.image_size, compile=True, **changes.get("model", {}))
     matching = {"compile_teacher": True} | changes.get("matching", {})
     trainer = L.Trainer(

@@ -173,8 +173,7 @@ def _distil_into(
     if recipe.max_images_per_class is not None:
         images = at_most(images, recipe.max_images_per_class, recipe.seed)
         fingerprint_of_images += f" {recipe.max_images_per_class} {recipe.seed}"
-    if not isinstance(source, WithoutBadImages):
-        check_images(images, f"training images of {source.name}", fingerprint_of_images, cache, num_workers)
+    check_images(source, images, "training images", fingerprint_of_images, cache, num_workers)
     weights = [model_digest(recipe.diffusion) or recipe.diffusion, str(recipe.diffusion_revision), str(model.dtype)]
     weights.append(model_digest(recipe.vae) or recipe.vae if recipe.vae else "")
     decides = [str(FORMAT), fingerprint_of_images, *weights, str(resolution), recipe.resize]
@@ -313,11 +312,11 @@ def synthesise(
 
     batches, everything = batches or Batches(BLOCK), list(range(len(wanted)))
     images = torch.cat(batches.run(lambda batch: make(everything[batch]), len(wanted)))
-    blank = _of_one_colour(images)
+    blank = of_one_colour(images)
     if blank:  # not a number somewhere, most often
         with model.full_precision():
             images[blank] = torch.cat(batches.run(lambda batch: make(blank[batch]), len(blank)))
-        if still := _of_one_colour(images):
+        if still := of_one_colour(images):
             named = ", ".join(sorted({repr(prompts[wanted[n][0]]) for n in still}))
             sentence = f"{len(still)} images are of one colour, in float32 too, of {named}; look at the preview."
             warnings.warn(sentence, InputWarning, stacklevel=2)
@@ -330,7 +329,7 @@ def synthesise(
     }
 
 
-def _of_one_colour(images: Tensor) -> list[int]:
+def of_one_colour(images: Tensor) -> list[int]:
     """Return which of some images have no two different pixels."""
     pixels = images.flatten(2)
     return (pixels.amax(2) == pixels.amin(2)).all(1).nonzero().flatten().tolist()

@@ -263,23 +263,24 @@ def _hub_errors() -> Iterator[None]:
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
-        cause: BaseException | None = error
-        while cause is not None:  # uploads wrap it, `datasets` too
+        for cause in _causes(error):  # uploads wrap it, `datasets` too
             if isinstance(cause, httpx2.HTTPError):
                 raise _HubError(cause) from error
-            cause = cause.__cause__ or cause.__context__
         raise _HubError(error) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what led to it, the latest first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def why_unread(error: BaseException) -> str:
     """Return, after "which", why diffusers could not read a model: the Hub's own answer, which it hides, if any."""
     from huggingface_hub import errors
 
-    answers = []
-    cause: BaseException | None = error
-    while cause is not None:
-        answers.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    answers = list(_causes(error))
     for kind, reason in (
         (errors.GatedRepoError, "is gated: ask for access on its page, then log in (`hf auth login`)"),
         (errors.RevisionNotFoundError, "has no such `diffusion_revision`; leave it out for the newest"),

@@ -9,9 +9,9 @@ from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from d4m_plugin.cache import written_whole
+from d4m_plugin.cache import resolve_cache_dir, written_whole
 from d4m_plugin.errors import InputError
-from d4m_plugin.sources import LabelledImages, Source
+from d4m_plugin.sources import Digits, LabelledImages, Source
 from d4m_plugin.subsets import Chosen
 
 SHOWN = 5  # bad files that the error itself names
@@ -72,18 +72,29 @@ class _Attempts(Dataset[str]):
         return ""
 
 
+def readable_source(
+    source: Source | None, skip_bad_images: bool, cache_dir: str | Path | None, num_workers: int
+) -> Source:
+    """Return a source, scikit-learn's digits by default, without its unreadable images where they are to be skipped."""
+    source = source or Digits()
+    return WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers) if skip_bad_images else source
+
+
 def test_fingerprint(source: Source, images: LabelledImages) -> str:
     """Return what names a source's test images in the cache."""
     own = getattr(images, "fingerprint", "")  # of images in files, which may change beside the training split
     return f"{source.fingerprint} test {len(images)} {own}"
 
 
-def check_images(images: LabelledImages, what: str, fingerprint: str, cache: Path, num_workers: int) -> None:
-    """Refuse images of which some cannot be read.
+def check_images(
+    source: Source, images: LabelledImages, what: str, fingerprint: str, cache: Path, num_workers: int
+) -> None:
+    """Refuse images of which some cannot be read, unless their source leaves those out already.
 
     Args:
+        source: whose images they are.
         images: each is read once, ever.
-        what: what the error calls them.
+        what: what the error calls them, such as `training images`.
         fingerprint: names them in the cache.
         cache: the cache folder.
         num_workers: processes that read.
@@ -91,13 +102,15 @@ def check_images(images: LabelledImages, what: str, fingerprint: str, cache: Pat
     Raises:
         InputError: where one cannot; it names the first few and the file that lists all.
     """
+    if isinstance(source, WithoutBadImages):
+        return
     bad, file = find_bad(images, fingerprint, cache, num_workers)
     if bad:
         shown = " ".join(list(bad.values())[:SHOWN])
         more = f" All are listed in {str(file)!r}." if len(bad) > SHOWN else ""
         raise InputError(
-            f"{len(bad)} of {len(images)} {what} cannot be read. {shown}{more} Mend or remove them, or set "
-            "`skip_bad_images` to true to leave them out."
+            f"{len(bad)} of {len(images)} {what} of {source.name} cannot be read. {shown}{more} Mend or remove them, "
+            "or set `skip_bad_images` to true to leave them out."
         )
 
 

@@ -161,7 +161,10 @@ def test_only_what_a_stage_needs_is_on_the_device(folder, family, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", spy)
     model = LatentDiffusion(folder(family), device=device, dtype=torch.float32)
     parts = {part: name for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    names = lambda: {parts[part].split("_encoder")[0] for part in there}  # noqa: E731
+
+    def names():
+        return {parts[part].split("_encoder")[0] for part in there}
+
     for part in parts:
         if parts[part] != "vae":
             part.register_forward_pre_hook(lambda part, _: seen.append((parts[part].split("_encoder")[0], names())))

@@ -32,9 +32,9 @@ from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import check_write_access
 from d4m_plugin.recipe import Recipe
-from d4m_plugin.screening import WithoutBadImages, check_images, test_fingerprint
+from d4m_plugin.screening import check_images, readable_source, test_fingerprint
 from d4m_plugin.sharing import OthersSet, find_set, listed
-from d4m_plugin.sources import Digits, LabelledImages, Source
+from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import random_subset
 
@@ -129,9 +129,7 @@ class D4MDataModule(L.LightningDataModule):
             raise InputError(f"`crop_scale` is {crop_scale}; it must be two shares in (0, 1], the smaller first.")
         if batch_keys is not None and (len(batch_keys) != 2 or batch_keys[0] == batch_keys[1]):
             raise InputError(f"`batch_keys` is {batch_keys}; it must be two names, the images' and the labels'.")
-        self.source = source or Digits()
-        if skip_bad_images:
-            self.source = WithoutBadImages(self.source, resolve_cache_dir(cache_dir), num_workers)
+        self.source = readable_source(source, skip_bad_images, cache_dir, num_workers)
         self.recipe = Recipe(**recipe)
         self.train_on, self.num_workers = train_on, num_workers
         self.batch_size, self.distill_batch_size = batch_size, distill_batch_size
@@ -206,9 +204,7 @@ class D4MDataModule(L.LightningDataModule):
         self._check(images, "test images", test_fingerprint(self.source, images))
 
     def _check(self, images: LabelledImages, what: str, fingerprint: str) -> None:
-        if not isinstance(self.source, WithoutBadImages):
-            cache = resolve_cache_dir(self.cache_dir)
-            check_images(images, f"{what} of {self.source.name}", fingerprint, cache, self.num_workers)
+        check_images(self.source, images, what, fingerprint, resolve_cache_dir(self.cache_dir), self.num_workers)
 
     def give_logits(self, wanted: bool) -> None:
         """Let each training batch have the set's stored logits, float32 (B, classes), as its third part, or not.

@@ -1,6 +1,6 @@
 """What students are trained on: the distilled images, and what they have to beat with as many."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -25,7 +25,10 @@ from d4m_plugin.subsets import Chosen, at_most
 
 Arm = Literal["distilled", "random", "nearest", "decoded", "generated", "reconstructed", "real"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
-OF_THE_MODEL: tuple[Arm, ...] = ("nearest", "decoded", "generated", "reconstructed")  # what needs the diffusion model
+NEEDED: dict[str, set[Arm]] = {  # of Arms, by which arms
+    "recipe": {"nearest", "decoded", "generated", "reconstructed"},
+    "prototypes": {"nearest", "decoded"},
+}
 
 
 class Arms:
@@ -56,8 +59,8 @@ class Arms:
             return images
         return Chosen(images, torch.from_numpy(np.setdiff1d(np.arange(len(images)), self.left_out.numpy())))
 
-    def check(self, arm: Arm) -> None:
-        """Find out, before the long work, whether an arm can be made.
+    def check(self, arms: Sequence[Arm]) -> None:
+        """Find out, before the long work, whether arms can be made.
 
         Raises:
             InputError: where a class has fewer real images than the set, the set is not one of ours, its model is not
@@ -70,8 +73,9 @@ class Arms:
                     f"class {name!r} has {count} real training images and {wanted} distilled ones: there is no random "
                     "real subset of as many to compare with."
                 )
-        if arm in OF_THE_MODEL and self.recipe and arm in ("nearest", "decoded"):
-            assert self.prototypes
+        for part, needed_by in NEEDED.items():
+            if not needed_by.isdisjoint(arms):
+                getattr(self, part)
 
     def images(self, arm: Arm, seed: int) -> LabelledImages:
         """Return the images of an arm; those of `random` and `reconstructed` depend on the seed."""
@@ -137,9 +141,6 @@ class Arms:
     def _random(self, seed: int) -> Chosen:
         return at_most(self.train, self.judged.counts, seed)
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        return torch.cat([self.model.decode(part, self.judged.image_size) for part in latents.split(BLOCK)])
-
     def _labels(self) -> list[int]:
         return [label for label, count in enumerate(self.judged.counts) for _ in range(count)]
 
@@ -147,7 +148,7 @@ class Arms:
         """Image j of a class is prototype j mod K: where there are fewer prototypes than images, they come again."""
         order = torch.arange(self.recipe.ipc)
         starts = [found.latents[order % len(found.latents)] for found in self.prototypes]
-        return Squares(self._decode(torch.cat(starts)), self._labels())
+        return Squares(self.model.decode(torch.cat(starts), self.judged.image_size), self._labels())
 
     def _generated(self) -> Squares:
         shape = self.model.encode(torch.zeros(1, 3, self._resolution, self._resolution, dtype=torch.uint8)).shape
@@ -161,8 +162,8 @@ class Arms:
 
     def _reconstructed(self, seed: int) -> Squares:
         latents = list(self._latents_of(self._random(seed)))
-        labels = [label for label, of_class in latents for _ in range(len(of_class))]
-        return Squares(self._decode(torch.cat([of_class for _, of_class in latents])), labels)
+        pixels = self.model.decode(torch.cat([of_class for _, of_class in latents]), self.judged.image_size)
+        return Squares(pixels, self._labels())
 
     def _nearest(self) -> Chosen:
         """Each prototype in turn takes the nearest image that none before it has."""

@@ -1,22 +1,20 @@
 """`d4m compare`: several sets of one source, of whatever methods, under one protocol."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from d4m_plugin.cache import make_writable, resolve_cache_dir
+from d4m_plugin.cache import make_writable
 from d4m_plugin.card import percent
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arm, Arms
 from d4m_plugin.evaluation.evaluate import called, network_of, results_of, steps_of
+from d4m_plugin.evaluation.report import write_csv
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
 from d4m_plugin.evaluation.sets import open_set
 from d4m_plugin.evaluation.verdict import points_of
-from d4m_plugin.screening import WithoutBadImages
-from d4m_plugin.sources import Digits, Source
-
-COLUMNS = ("set", "images", "student", "labels", "mean", "std", "random", "difference", "interval", "verdict")
+from d4m_plugin.screening import readable_source
+from d4m_plugin.sources import Source
 
 
 def compare(
@@ -64,9 +62,7 @@ def compare(
     """
     if len(distilled_sets) < 2:
         raise InputError(f"`distilled_sets` has {len(distilled_sets)}; name at least two, or use `d4m evaluate`.")
-    source = source or Digits()
-    if skip_bad_images:
-        source = WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers)
+    source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     sets = [open_set(name, source) for name in distilled_sets]
     ways = {(each.image_size, each.resize) for each in sets}
     if len(ways) > 1:
@@ -92,10 +88,7 @@ def compare(
         folder.mkdir(exist_ok=True)
         results = results_of(each, source, protocol, runs, network, folder)
         rows += _rows(f"{number + 1} {each.name}", results["table"])
-    with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(output / "comparison.csv", rows)
     return {f"{row['set']}, {row['student']}, {row['labels']}": _shown(row) for row in rows} | {
         "table": output.resolve() / "comparison.csv",
         "reports": output.resolve(),

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
+from d4m_plugin.cache import make_writable, written_whole
 from d4m_plugin.card import write_card
 from d4m_plugin.devices import default_device
 from d4m_plugin.distillation import VERSIONS
@@ -29,9 +29,9 @@ from d4m_plugin.evaluation.sets import JudgedSet, open_set
 from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
 from d4m_plugin.hub import without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
-from d4m_plugin.screening import WithoutBadImages
-from d4m_plugin.sources import Digits, Source
-from d4m_plugin.sources.images import Resize, to_pixels
+from d4m_plugin.screening import readable_source
+from d4m_plugin.sources import Source
+from d4m_plugin.sources.images import Resize, squares_of
 from d4m_plugin.subsets import at_most
 from d4m_plugin.teachers import Teacher, load_teacher
 
@@ -92,9 +92,7 @@ def evaluate(
     Raises:
         InputError: where an option cannot work, or the set is not of the source.
     """
-    source = source or Digits()
-    if skip_bad_images:
-        source = WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers)
+    source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     judged = open_set(distilled_set, source, config_name)
     folder = (output or Path("evaluations") / f"{judged.name}-{judged.fingerprint}").resolve()
     teacher = called(teacher, source)
@@ -161,7 +159,7 @@ def results_of(
         results["pictures"] = figures.as_dict() | {"real_images": len(real)}
         beside = side_by_side(made, real, figures.nearest, figures.nearest_distance)
         pictures["The distilled images that are nearest to a real one, beside it, with their distance."] = beside
-        features = (features_of(network, made)[0], labels, features_of(network, real)[0], real_labels)
+        features = (figures.made_features, labels, figures.real_features, real_labels)
     write_report(results, folder, pictures, features)
     return results
 
@@ -205,8 +203,7 @@ def steps_of(budget: str | int, images: int, batch_size: int) -> int:
 def _sample(source: Source, size: int, resize: Resize) -> tuple[Tensor, Tensor]:
     """Return real training images, at most 5,000 of all classes together, as squares, and their labels."""
     chosen = at_most(source.train(), max(1, REAL_SAMPLE // len(source.classes)), seed=0)
-    pixels = torch.stack([to_pixels(chosen[index][0], size, resize) for index in range(len(chosen))])
-    return pixels, torch.as_tensor(chosen.targets)
+    return squares_of(chosen, size, resize), torch.as_tensor(chosen.targets)
 
 
 def _record(judged: JudgedSet, results: dict[str, Any]) -> None:

@@ -36,7 +36,8 @@ def draw_all(results: dict[str, Any], folder: Path, features: Features | None) -
     return drawn
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty matplotlib Figure of a size in inches."""
     from matplotlib.figure import Figure  # not pyplot, which has a global state and may want a display
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -47,7 +48,7 @@ def accuracy(results: dict[str, Any], path: Path) -> str:
     table = results["table"]
     panels = list(dict.fromkeys((row["student"], row["labels"]) for row in table))
     one_seed = table[0]["std"] is None
-    figure = _figure(6, (1 + 0.4 * len(results["protocol"]["arms"])) * len(panels))  # one column, for phones
+    figure = new_figure(6, (1 + 0.4 * len(results["protocol"]["arms"])) * len(panels))  # one column, for phones
     axes = figure.subplots(len(panels), squeeze=False, sharex=True).flat
     for axis, (student, labels) in zip(axes, panels, strict=True):
         rows = [row for row in table if (row["student"], row["labels"]) == (student, labels)][::-1]
@@ -75,7 +76,7 @@ def _of_classes(results: dict[str, Any], arm: str) -> tuple[np.ndarray, dict[str
 def by_class(results: dict[str, Any], path: Path) -> str:
     """Draw the accuracy of each class, of the distilled set and of random real images."""
     names = [_short(name) for name in results["set"]["classes"]]
-    figure = _figure(max(6, 0.6 * len(names)), 4)
+    figure = new_figure(max(6, 0.6 * len(names)), 4)
     axis = figure.subplots()
     places = np.arange(len(names))
     for shift, arm, colour in ((-0.2, "distilled", OURS), (0.2, "random", OTHERS)):
@@ -94,7 +95,7 @@ def confusion(results: dict[str, Any], path: Path) -> str:
     counts, first = _of_classes(results, "distilled")
     shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
     edge = max(5, 0.45 * len(names))
-    figure = _figure(edge + 1, edge)
+    figure = new_figure(edge + 1, edge)
     axis = figure.subplots()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     axis.set_xticks(range(len(names)), names, rotation=90)
@@ -112,7 +113,7 @@ def losses(results: dict[str, Any], path: Path) -> str:
     """Draw the training loss of each arm, the mean of its seeds, a panel for each kind of labels."""
     first = results["table"][0]["student"]
     kinds = results["protocol"]["labels"]
-    figure = _figure(6, 3.5 * len(kinds))
+    figure = new_figure(6, 3.5 * len(kinds))
     for axis, labels in zip(figure.subplots(len(kinds), squeeze=False).flat, kinds, strict=True):
         others = itertools.cycle(["#30638e", "#edae49", "#3d9970", "#8e6c8a", "#7f7f7f", "#17becf"])
         for arm in results["protocol"]["arms"]:
@@ -140,7 +141,7 @@ def tsne(results: dict[str, Any], features: Features, path: Path) -> str:
     placed = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(points)
     names = results["set"]["classes"]
     colours = _colours(len(names))
-    figure = _figure(8, 6)
+    figure = new_figure(8, 6)
     axis = figure.subplots()
     ours, others = placed[: len(made)], placed[len(made) :]
     axis.scatter(*others.T, s=6, alpha=0.35, c=[colours(label) for label in real_labels.tolist()], lw=0)

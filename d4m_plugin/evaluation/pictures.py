@@ -15,6 +15,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from d4m_plugin.distillation import of_one_colour
 from d4m_plugin.errors import InputError
 from d4m_plugin.preview import grid
 from d4m_plugin.teachers import name_of
@@ -42,6 +43,7 @@ class PictureFigures:
         blank: number of distilled images of one colour.
         nearest: index of the real image nearest to each distilled one, int64, shape (N,).
         nearest_distance: how far that is, in [0, 2], float32, shape (N,).
+        made_features, real_features: what the figures are made from, float32, shapes (N, D) and (M, D).
     """
 
     network: str
@@ -55,10 +57,13 @@ class PictureFigures:
     blank: int
     nearest: Tensor
     nearest_distance: Tensor
+    made_features: Tensor
+    real_features: Tensor
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures as JSON can hold them."""
-        return {name: each.tolist() if isinstance(each, Tensor) else each for name, each in vars(self).items()}
+        """Return the figures, without the features, as JSON can hold them."""
+        figures = {name: each for name, each in vars(self).items() if not name.endswith("features")}
+        return {name: each.tolist() if isinstance(each, Tensor) else each for name, each in figures.items()}
 
 
 def judge(
@@ -105,6 +110,8 @@ def judge(
         blank=blank(made),
         nearest=indices[:, 0],
         nearest_distance=distances[:, 0].float(),
+        made_features=made_features,
+        real_features=real_features,
     )
 
 
@@ -244,8 +251,7 @@ def coverage(distances: Tensor, radii: Tensor) -> float:
 
 def blank(images: Tensor) -> int:
     """Return how many images, uint8, shape (N, 3, H, W), are of one colour."""
-    pixels = images.flatten(2)
-    return int((pixels == pixels[:, :, :1]).flatten(1).all(1).sum())
+    return len(of_one_colour(images))
 
 
 def agreement(logits: Tensor, labels: Tensor) -> float:

@@ -18,7 +18,6 @@ from d4m_plugin.evaluation.figures import Features, draw_all
 from d4m_plugin.evaluation.verdict import points_of
 
 WIDEST = 1600  # pixels of a picture in the page
-COLUMNS = ("student", "labels", "arm", "images", "mean", "std", "seeds", "difference", "interval", "verdict")
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #f3f4f6; --line: #d5d9de; --good: #1a7f37;
@@ -107,14 +106,19 @@ def write_report(
     """
     with written_whole(folder / "results.json") as path:
         path.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(results["table"])
+    write_csv(folder / "results.csv", results["table"])
     drawn = {caption: Image.open(folder / name) for name, caption in draw_all(results, folder, features).items()}
     with written_whole(folder / "report.html") as path:
         path.write_text(_page(results, drawn, pictures), encoding="utf-8")
     return folder / "report.html"
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of the same columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: dict[str, Image.Image]) -> str:

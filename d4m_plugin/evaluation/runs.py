@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from d4m_plugin.cache import resolve_cache_dir
@@ -25,11 +24,12 @@ from d4m_plugin.callbacks import TeacherMatching
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
 from d4m_plugin.errors import InputError
-from d4m_plugin.evaluation.arms import ARMS, Arm, Arms, Squared
+from d4m_plugin.evaluation.arms import ARMS, Arm, Arms
 from d4m_plugin.models.classifier import ImageClassifier
-from d4m_plugin.screening import WithoutBadImages, check_images, test_fingerprint
+from d4m_plugin.screening import check_images, test_fingerprint
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import LabelledImages
+from d4m_plugin.sources.images import squares_of
 from d4m_plugin.subsets import Chosen, at_most
 
 Labels = Literal["teacher", "hard"]
@@ -134,13 +134,11 @@ class Trainings:
     ) -> None:
         self.arms, self.protocol, self.record = arms, protocol, record
         self.compile, self.num_workers, self.cache_dir = compile, num_workers, cache_dir
-        if not isinstance(arms.source, WithoutBadImages):
-            of = f"training images of {arms.source.name}"
-            cache = resolve_cache_dir(cache_dir)
-            check_images(arms.source.train(), of, arms.source.fingerprint, cache, num_workers)
-        for arm in protocol.arms:
-            arms.check(arm)
         judged, source = arms.judged, arms.source
+        cache = resolve_cache_dir(cache_dir)
+        check_images(source, source.train(), "training images", source.fingerprint, cache, num_workers)
+        arms.check(protocol.arms)
+        self._teacher = _digest(protocol.teacher)
         self._decides = {
             "source": [source.fingerprint, test_fingerprint(source, source.test()), list(source.classes)],
             "seen": [source.mean, source.std, source.flip, judged.image_size, judged.resize],
@@ -187,10 +185,10 @@ class Trainings:
         return max(tried, key=lambda lr: tried[lr])
 
     def _result(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
-        teacher = self.protocol.teacher if run.labels == "teacher" else None
+        teacher = self._teacher if run.labels == "teacher" else None
         judged = self.arms.judged
         of_arm = {"random": judged.counts, "real": None}.get(run.arm, judged.fingerprint)
-        decides = self._decides | {"set": of_arm, "teacher": _digest(teacher)} | dataclasses.asdict(run)
+        decides = self._decides | {"set": of_arm, "teacher": teacher} | dataclasses.asdict(run)
         key = json.dumps(decides, sort_keys=True)
         if key not in self._done:
             bar.set_postfix_str(str(run))
@@ -237,7 +235,7 @@ class Trainings:
         if run.choosing:
             named, labels = self._named_of_the_slice(student, data)
         else:
-            named = torch.cat(trainer.predict(student, datamodule=data))  # type: ignore[arg-type]  # labels, as tensors
+            named = torch.cat(trainer.predict(student, datamodule=data))  # type: ignore[arg-type]  # typed for any output
             labels = torch.as_tensor(self.arms.source.test().targets)
         confusion = (labels * data.num_classes + named).bincount(minlength=data.num_classes**2)
         return {
@@ -265,26 +263,29 @@ class Trainings:
         return at_most(train, per_class, seed_of(-1))  # a draw of its own, whatever the seeds of the arms
 
     @cached_property
+    def _slice_squares(self) -> Tensor:
+        return squares_of(self._slice, self.arms.judged.image_size, self.arms.judged.resize)
+
+    @cached_property
     def _arms_beside_the_slice(self) -> Arms:
         left_out = torch.from_numpy(self._slice.indices)
         return Arms(self.arms.judged, self.arms.source, self.arms.diffusion, left_out)
 
     @torch.inference_mode()
     def _named_of_the_slice(self, student: ImageClassifier, data: D4MDataModule) -> tuple[Tensor, Tensor]:
-        judged, device = self.arms.judged, default_device()
-        squares = Squared(self._slice, judged.image_size, judged.resize)
-        pixels = torch.stack([pil_to_tensor(squares[number][0]) for number in range(len(squares))])
+        device = default_device()
         student.to(device).eval()
         with autocast(device, compute_dtype(device)):
             named = [
-                student(data.normalised(batch.to(device))).argmax(1) for batch in pixels.split(self.protocol.batch_size)
+                student(data.normalised(batch.to(device))).argmax(1)
+                for batch in self._slice_squares.split(self.protocol.batch_size)
             ]
-        return torch.cat(named).cpu(), torch.as_tensor(squares.targets)
+        return torch.cat(named).cpu(), torch.as_tensor(self._slice.targets)
 
 
-def _digest(teacher: str | None) -> str | None:
+def _digest(teacher: str) -> str:
     """Return what tells a teacher from others: a file by its content."""
-    if teacher is None or not Path(teacher).is_file():
+    if not Path(teacher).is_file():
         return teacher
     with Path(teacher).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,7 +19,7 @@ from d4m_plugin.recipe import Recipe
 from d4m_plugin.sharing import OthersSet, find_set, labels_of
 from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.folders import class_folders, index
-from d4m_plugin.sources.images import Resize, to_pixels
+from d4m_plugin.sources.images import Resize, squares_of
 from d4m_plugin.sources.names import readable
 
 
@@ -148,9 +148,7 @@ def _of_a_file(path: Path, source: Source) -> JudgedSet:
 
 def _others(name: str, images: LabelledImages, source: Source) -> JudgedSet:
     size = source.image_size
-    pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
-    for number in range(len(images)):
-        pixels[number] = to_pixels(images[number][0], size)
+    pixels = squares_of(images, size)
     return _judged(name, Squares(pixels, [int(label) for label in images.targets]), source, size, "crop")
 
 

@@ -1,6 +1,5 @@
 """`d4m sweep`: how the student's accuracy depends on an option of the recipe, as in the paper's supplement."""
 
-import csv
 import dataclasses
 import itertools
 import statistics
@@ -12,19 +11,21 @@ import torch
 from scipy.stats import ttest_ind
 from torch import Tensor
 
-from d4m_plugin.cache import make_writable, resolve_cache_dir
+from d4m_plugin.cache import make_writable
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arms
 from d4m_plugin.evaluation.evaluate import steps_of
+from d4m_plugin.evaluation.figures import new_figure
+from d4m_plugin.evaluation.report import write_csv
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
 from d4m_plugin.evaluation.sets import ours
 from d4m_plugin.evaluation.verdict import interval
 from d4m_plugin.preview import grid
 from d4m_plugin.recipe import Recipe
-from d4m_plugin.screening import WithoutBadImages
-from d4m_plugin.sources import Digits, Source
+from d4m_plugin.screening import readable_source
+from d4m_plugin.sources import Source
 
 Setting = dict[str, Any]  # the options that differ, by name
 SHOWN = 10  # images of a setting, in the picture
@@ -85,9 +86,7 @@ def sweep(
     Raises:
         InputError: where an option cannot work, or no option has values.
     """
-    source = source or Digits()
-    if skip_bad_images:
-        source = WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers)
+    source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     given: dict[str, Sequence[Any]] = {
         "strength": strength,
         "guidance_scale": guidance_scale,
@@ -140,10 +139,7 @@ def sweep(
         settings[number] | {"labels": kind} | setting_row(found, accuracies[0, kind], of_random[kind])
         for (number, kind), found in accuracies.items()
     ]
-    with (output / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(output / "sweep.csv", rows)
     _draw(rows, list(varied), source.name, output / "sweep.png")
     named = [", ".join(f"{value:g}" for value in setting.values()) for setting in settings]
     grid(samples, named).save(output / "samples.png")
@@ -178,10 +174,8 @@ def _shown(row: dict[str, Any]) -> str:
 
 def _draw(rows: Sequence[dict[str, Any]], varied: Sequence[str], source: str, path: Path) -> None:
     """Draw the accuracies against the first option, a line for each value of the others, a panel for each labels."""
-    from matplotlib.figure import Figure
-
     kinds = list(dict.fromkeys(row["labels"] for row in rows))
-    figure = Figure(figsize=(5 * len(kinds), 4), layout="constrained")
+    figure = new_figure(5 * len(kinds), 4)
     axes = figure.subplots(1, len(kinds), squeeze=False)[0]
     first, *others = varied
     for axis, kind in zip(axes, kinds, strict=True):

@@ -108,6 +108,20 @@ def to_pixels(image: Image.Image, size: int, resize: Resize = "crop") -> Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
+def squares_of(images: LabelledImages, size: int, resize: Resize = "crop") -> Tensor:
+    """Return images as squares, uint8, shape (N, 3, size, size).
+
+    Args:
+        images: read one by one.
+        size: edge in pixels.
+        resize: how an image that is not square becomes so.
+    """
+    squares = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    for index in range(len(images)):
+        squares[index] = to_pixels(images[index][0], size, resize)
+    return squares
+
+
 def natural_size(images: LabelledImages) -> int:
     """Return the edge in pixels that suits a dataset: its images' median shorter edge, at most 224.
 
