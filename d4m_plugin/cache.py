@@ -1,8 +1,9 @@
 """Where finished and unfinished work is kept."""
 
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from d4m_plugin.errors import InputError
@@ -40,11 +41,21 @@ def make_writable(folder: Path, option: str) -> None:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; flush and rename it at the end, so that readers see all or nothing."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # two machines may share a folder
     try:
         yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(aside)
         aside.replace(path)
+        with suppress(OSError):  # not every file system can
+            flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have a file, or a folder's list of files, outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

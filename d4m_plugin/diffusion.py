@@ -4,8 +4,10 @@
 `scaling_factor` (after its `shift_factor`, where it has one): what diffusers' pipelines denoise.
 """
 
+import hashlib
 import importlib.util
 import inspect
+import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -366,3 +368,19 @@ def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
         if option not in known:
             raise InputError(f"`scheduler_options` has {option!r}, which {kind.__name__} does not take.")
     return kind.from_config(own.config, **options)
+
+
+def model_digest(model: str) -> str:
+    """Return a hash of a model's files, "" for one on the Hub, whose revision names it."""
+    place = ASSETS / model if model in EMBEDDED else Path(model)
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    parts = []
+    for path in filter(Path.is_file, files):
+        with path.open("rb") as file:
+            parts += [str(path.relative_to(place)), hashlib.file_digest(file, "sha256").hexdigest()]
+    return digest(parts) if parts else ""
+
+
+def digest(parts: list[str]) -> str:
+    """Return a hash of some strings."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

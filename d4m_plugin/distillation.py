@@ -1,42 +1,35 @@
 """Distil a source: encode, cluster and synthesise, in that order (D4M, section 3.2; Algorithm 1).
 
-Work in progress lies in a folder beside the finished set, one file a unit: the prototypes of a class, a block
-of images. A unit is written aside and renamed, so a run that was killed resumes with the next unit; the finished
-folder appears by one rename.
+Work in progress lies in a folder beside the finished set, in units (d4m_plugin/units.py): the prototypes of a class, a
+block of images. So a run that was killed goes on with the next unit, and any number of processes share them; the
+finished folder appears by one rename.
 """
 
 import dataclasses
 import errno
-import hashlib
 import json
 import math
-import platform
+import os
 import shutil
-import sys
+import socket
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
-from filelock import FileLock
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
-from d4m_plugin.card import write_card
+from d4m_plugin.assembling import MODELS, write_set
+from d4m_plugin.cache import flush, make_writable, resolve_cache_dir
 from d4m_plugin.devices import Batches
-from d4m_plugin.diffusion import ASSETS, EMBEDDED, LICENSE, LatentDiffusion
-from d4m_plugin.distilled import FORMAT, DistilledDataset, checksums, write_parquet
-from d4m_plugin.encoding import encode, read_or_encode
+from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
+from d4m_plugin.distilled import FORMAT, DistilledDataset
+from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError, InputWarning
-from d4m_plugin.hub import license_of, without_folders
-from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
+from d4m_plugin.progress import Progress, say
 from d4m_plugin.prototypes import Prototypes, cluster
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.screening import WithoutBadImages, check_images
@@ -44,10 +37,9 @@ from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import at_most
+from d4m_plugin.units import SILENCE, DamagedError, Units, load_tensors, save_tensors
 
-VERSIONS = ("d4m-plugin", "torch", "diffusers", "transformers", "scikit-learn")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-MODELS = ("diffusion", "vae", "lora")  # options of a recipe that may name folders
 BLOCK = 50  # images a unit of synthesis; fixed, so that the units do not depend on the batch size
 
 
@@ -64,6 +56,9 @@ def distill(
     compile: bool = False,
 ) -> DistilledDataset:
     """Return the distilled set of a source under a recipe, made now or found finished.
+
+    Any number of processes, on any machines that share the folder, may be told to make the same set: they share the
+    work, and each returns the set.
 
     Args:
         source: the real images.
@@ -82,7 +77,8 @@ def distill(
             folder cannot be used.
 
     Warns:
-        InputWarning: where a class has fewer images than prototypes, or a prompt is longer than the model reads.
+        InputWarning: where a class has fewer images than prototypes, a prompt is longer than the model reads, or a file
+            of an earlier run is damaged.
     """
     if batch_size < 1:
         raise InputError(f"`batch_size` is {batch_size}; it must be at least 1.")
@@ -96,19 +92,11 @@ def distill(
         folder = Path(output).resolve()
         make_writable(folder.parent, "output")
     else:
-        name = f"{source.name}-{resolved.config_name}-{fingerprint}"
-        folder = cache / "sets" / name
+        folder = cache / "sets" / f"{source.name}-{resolved.config_name}-{fingerprint}"
         folder.parent.mkdir(exist_ok=True)
-    work = folder.with_name(f"{folder.name}.partial")
     try:
-        lock = FileLock(f"{folder}.lock")
-        with lock, torch.random.fork_rng(devices=[]):  # so that training goes on alike from a set made or found
-            if not folder.exists() or not any(folder.iterdir()):
-                options = (batch_size, num_workers, keep_latents, compile)
-                _distil_into(work / fingerprint, fingerprint, source, resolved, cache, *options)
-                (work / fingerprint / "set").replace(folder)
-                shutil.rmtree(work)
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with torch.random.fork_rng(devices=[]):  # so that training goes on alike from a set made or found
+            _make(folder, fingerprint, source, resolved, cache, (batch_size, num_workers, keep_latents, compile))
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -121,26 +109,42 @@ def distill(
     return dataset
 
 
+def _make(
+    folder: Path,
+    fingerprint: str,
+    source: Source,
+    recipe: ResolvedRecipe,
+    cache: Path,
+    options: tuple[int, int, bool, bool],
+) -> None:
+    """Leave the finished set in a folder, made by this process or others, and remove what it was made from."""
+    work = folder.with_name(f"{folder.name}.partial") / fingerprint
+    if not _is_finished(folder):
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            if not _is_finished(folder):  # still, so that no work is begun in a folder made after the end
+                _distil_into(folder, work, source, recipe, cache, *options)
+        except OSError:
+            if not _is_finished(folder):  # else another process was first, and removed the work
+                raise
+    removed = work.with_name(f".{fingerprint}.removed")
+    shutil.rmtree(removed, ignore_errors=True)  # what a killed process left of it
+    with suppress(OSError):  # there may be nothing
+        work.replace(removed)  # at once, for others that look there
+        shutil.rmtree(removed)
+    with suppress(OSError):  # another recipe's work may be there
+        work.parent.rmdir()
+
+
+def _is_finished(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def set_fingerprint(source: Source, recipe: ResolvedRecipe) -> str:
     """Return twelve hexadecimal digits that name a source, a recipe, and the weights of a model in a folder."""
     decides = [FORMAT, source.fingerprint, list(source.classes), dataclasses.asdict(recipe)]
     models = [model_digest(model) for name in MODELS if (model := getattr(recipe, name))]
-    return _digest([json.dumps(decides), *models])[:12]
-
-
-def model_digest(model: str) -> str:
-    """Return a hash of a model's files, "" for one on the Hub, whose revision names it."""
-    place = ASSETS / model if model in EMBEDDED else Path(model)
-    files = sorted(place.rglob("*")) if place.is_dir() else [place]
-    parts = []
-    for path in filter(Path.is_file, files):
-        with path.open("rb") as file:
-            parts += [str(path.relative_to(place)), hashlib.file_digest(file, "sha256").hexdigest()]
-    return _digest(parts) if parts else ""
-
-
-def _digest(parts: list[str]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return digest([json.dumps(decides), *models])[:12]
 
 
 def _check_classes(source: Source) -> None:
@@ -152,8 +156,8 @@ def _check_classes(source: Source) -> None:
 
 
 def _distil_into(
+    folder: Path,
     work: Path,
-    fingerprint: str,
     source: Source,
     recipe: ResolvedRecipe,
     cache: Path,
@@ -162,9 +166,7 @@ def _distil_into(
     keep_latents: bool,
     compile: bool,
 ) -> None:
-    """Leave the finished set in `work / "set"`."""
-    started = time.perf_counter()
-    work.mkdir(parents=True, exist_ok=True)
+    """Leave the units in `work`, and the finished set in `folder`."""
     model = open_model(recipe, compile)
     resolution = recipe.resolution or model.resolution
     prompts = recipe.prompts(source.classes)
@@ -177,29 +179,33 @@ def _distil_into(
     weights = [model_digest(recipe.diffusion) or recipe.diffusion, str(recipe.diffusion_revision), str(model.dtype)]
     weights.append(model_digest(recipe.vae) or recipe.vae if recipe.vae else "")
     decides = [str(FORMAT), fingerprint_of_images, *weights, str(resolution), recipe.resize]
-    kept = cache / "latents" / f"{source.name}-{_digest(decides)[:12]}"
-    screened = time.perf_counter()
+    kept = cache / "latents" / f"{source.name}-{digest(decides)[:12]}"
+    if keep_latents:
+        kept.mkdir(parents=True, exist_ok=True)
+
+    def encoded(labels: Iterable[int], progress: Progress) -> Iterator[tuple[int, Tensor]]:
+        return encode(images, labels, model, resolution, recipe.resize, batch_size, num_workers, progress)
+
     counts = {label: len(members) for label, members in members_by_label(images.targets).items()}
-    todo = [label for label in counts if not _class_file(work, label).exists()]
-    left = sum(counts[label] for label in todo)
-    _say_what_is_to_be_done(left, len(prompts) * recipe.ipc, recipe)
-    with _progress("Encoding", len(images), done=len(images) - left) as progress:
-        options = (model, resolution, recipe.resize, batch_size, num_workers, progress)
-        latents = read_or_encode(todo, kept, keep_latents, lambda labels: encode(images, labels, *options), progress)
-        make_prototypes(work, latents, recipe)
-    clustered = time.perf_counter()
+    say(f"{len(prompts) * recipe.ipc:,} images to make from {len(images):,}, in {recipe.steps} steps each.")
+    make_prototypes(work, counts, encoded, recipe, kept, keep_latents)
     make_images(work, prompts, recipe, model, batch_size)
-    synthesised = time.perf_counter()
-    seconds = {
-        "check": screened - started,
-        "encode_and_cluster": clustered - screened,
-        "synthesise": synthesised - clustered,
-    }
-    _assemble(work, fingerprint, source, recipe, model, seconds)
-
-
-def _say_what_is_to_be_done(encode: int, make: int, recipe: ResolvedRecipe) -> None:
-    tqdm.write(f"{encode:,} images to encode; {make:,} to make, of {recipe.steps} steps each.", file=sys.stderr)
+    classes = [class_file(work, label) for label in range(len(prompts))]
+    blocks = [block_file(work, number) for number in range(math.ceil(len(prompts) * recipe.ipc / BLOCK))]
+    with (
+        Progress("Writing", 1, " set", delay=SILENCE) as progress,
+        Units(work, {"set-is-written": 1}, Path.stat, progress) as units,
+    ):
+        for free in units.rounds():
+            for name in free:
+                if not _is_finished(folder):
+                    own = work / f"set.{socket.gethostname()}.{os.getpid()}"
+                    shutil.rmtree(own, ignore_errors=True)
+                    write_set(own, work.name, source, recipe, model, classes, blocks)
+                    own.replace(folder)
+                    with suppress(OSError):  # not every file system can
+                        flush(folder.parent)
+                (work / name).touch()
 
 
 def open_model(recipe: ResolvedRecipe, compile: bool = False) -> LatentDiffusion:
@@ -225,47 +231,98 @@ def _warn_of_cut_prompts(model: LatentDiffusion, prompts: list[str]) -> None:
         warnings.warn(sentence, InputWarning, stacklevel=2)
 
 
-def make_prototypes(work: Path, latents: Iterable[tuple[int, Tensor]], recipe: ResolvedRecipe) -> None:
-    """Write the prototypes of each class to `work`; one class is clustered while the next is encoded.
+def make_prototypes(
+    work: Path,
+    counts: Mapping[int, int],
+    encoded: Callable[[Iterable[int], Progress], Iterator[tuple[int, Tensor]]],
+    recipe: ResolvedRecipe,
+    kept: Path,
+    keep_latents: bool,
+) -> None:
+    """Have the prototypes of each class in `work`; one class is clustered while the next is encoded.
 
     Args:
         work: the folder of the run.
-        latents: each label with the latents of its images, float32, shape (N, C, h, w).
+        counts: how many images each label has.
+        encoded: gives each of some labels with the latents of its images, float32, shape (N, C, h, w).
         recipe: prototypes and seed.
+        kept: the folder of latents that a run was told to keep.
+        keep_latents: keep them there; else those of a class lie in `work` until it is clustered.
     """
+    labels = {class_file(work, label).name: label for label in counts}
+    sizes = {name: counts[label] for name, label in labels.items()}
 
-    def finish(label: int, points: Tensor) -> None:
-        found = cluster(points, recipe.prototypes, seed_of(recipe.seed, label))
-        with written_whole(_class_file(work, label)) as path:
-            save_file(dataclasses.asdict(found), path)
+    def finish(label: int, latents: Tensor, encoding: float) -> None:
+        started = time.perf_counter()
+        found = cluster(latents, recipe.prototypes, seed_of(recipe.seed, label))
+        seconds = {"encode": encoding, "cluster": time.perf_counter() - started}
+        save_tensors(class_file(work, label), dataclasses.asdict(found), **seconds)
+        _latents_file(work, label).unlink(missing_ok=True)
 
-    with ThreadPoolExecutor(1) as beside:
-        last: Future[None] | None = None
-        for label, points in latents:
-            if last is not None:
-                last.result()
-            last = beside.submit(finish, label, points)
-        if last is not None:
-            last.result()
+    class_in_hand: Future[None] | None = None
+
+    def hand_on(label: int, latents: Tensor, encoding: float) -> None:
+        nonlocal class_in_hand
+        if class_in_hand:
+            class_in_hand.result()
+        class_in_hand = beside.submit(finish, label, latents, encoding)
+
+    def not_encoded(labels: Iterable[int]) -> Iterator[int]:
+        for label in labels:
+            started = time.perf_counter()
+            latents = _read_latents([kept, work], label)
+            if latents is None:
+                yield label
+            else:
+                hand_on(label, latents, time.perf_counter() - started)
+
+    beside = ThreadPoolExecutor(1)
+    try:
+        with (
+            Progress("Encoding", sum(counts.values())) as progress,
+            Units(work, sizes, load_tensors, progress) as classes,
+        ):
+            for free in classes.rounds():
+                started = time.perf_counter()
+                for label, latents in encoded(not_encoded(labels[name] for name in free), progress):
+                    save_tensors(_latents_file(kept if keep_latents else work, label), {"latents": latents})
+                    hand_on(label, latents, time.perf_counter() - started)
+                    started = time.perf_counter()
+                if class_in_hand:
+                    class_in_hand.result()
+    finally:
+        beside.shutdown(wait=False)  # whoever stops the work does not wait for a clustering
+
+
+def _read_latents(folders: Sequence[Path], label: int) -> Tensor | None:
+    """Return the latents of a class from the first folder that has them whole."""
+    for folder in folders:
+        try:
+            return load_tensors(_latents_file(folder, label))["latents"]
+        except FileNotFoundError:
+            continue
+        except DamagedError as error:
+            warnings.warn(f"{error} The class is encoded again.", InputWarning, stacklevel=2)
+    return None
 
 
 def make_images(
     work: Path, prompts: Sequence[str], recipe: ResolvedRecipe, model: LatentDiffusion, batch_size: int
 ) -> None:
-    """Write the distilled images to `work` in blocks; skip blocks that are there."""
+    """Have the distilled images in `work` in blocks, from the prototypes there."""
     wanted = [(label, index) for label in range(len(prompts)) for index in range(recipe.ipc)]
-    blocks = [wanted[start : start + BLOCK] for start in range(0, len(wanted), BLOCK)]
+    starts = range(0, len(wanted), BLOCK)
+    blocks = {block_file(work, number).name: wanted[start : start + BLOCK] for number, start in enumerate(starts)}
     batches = Batches(batch_size)
-    todo = [number for number in range(len(blocks)) if not _block_file(work, number).exists()]
-    left = sum(len(blocks[number]) for number in todo)
-    with _progress("Synthesising", len(wanted), done=len(wanted) - left) as progress:
-        for number in todo:
-            block = blocks[number]
-            prototypes = {label: load_prototypes(work, label) for label in {label for label, _ in block}}
-            columns = synthesise(block, prototypes, prompts, recipe, model, batches)
-            with written_whole(_block_file(work, number)) as path:
-                save_file(columns, path)
-            progress.update(len(block))
+    sizes = {name: len(block) for name, block in blocks.items()}
+    with Progress("Synthesising", len(wanted)) as progress, Units(work, sizes, load_tensors, progress) as units:
+        for free in units.rounds():
+            for name in free:
+                started = time.perf_counter()
+                labels = {label for label, _ in blocks[name]}
+                prototypes = {label: load_prototypes(work, label) for label in labels}
+                columns = synthesise(blocks[name], prototypes, prompts, recipe, model, batches)
+                save_tensors(work / name, columns, synthesise=time.perf_counter() - started)
 
 
 def synthesise(
@@ -337,107 +394,18 @@ def of_one_colour(images: Tensor) -> list[int]:
 
 def load_prototypes(work: Path, label: int) -> Prototypes:
     """Return the prototypes of a class from a run's folder."""
-    return Prototypes(**load_file(_class_file(work, label)))
+    return Prototypes(**load_tensors(class_file(work, label)))
 
 
-def _assemble(
-    work: Path,
-    fingerprint: str,
-    source: Source,
-    recipe: ResolvedRecipe,
-    model: LatentDiffusion,
-    seconds: dict[str, float],
-) -> None:
-    """Put the units together as a set in `work / "set"`."""
-    shutil.rmtree(work / "set", ignore_errors=True)
-    folder = work / "set" / recipe.config_name
-    folder.mkdir(parents=True)
-    classes = list(source.classes)
-
-    tensors: dict[str, Tensor] = {}
-    for label in range(len(classes)):
-        found = load_prototypes(work, label)  # read from disk only when written: they need not fit in memory at once
-        tensors |= {f"{label}.latents": found.latents, f"{label}.weights": found.weights}
-    save_file(tensors, folder / "prototypes.safetensors")
-    fewer = {str(n): k for n in range(len(classes)) if (k := len(tensors[f"{n}.weights"])) < recipe.prototypes}
-    if fewer:
-        sentence = (
-            f"{len(fewer)} of {len(classes)} classes have fewer different images than `prototypes`, "
-            f"{recipe.prototypes}, such as {classes[int(next(iter(fewer)))]!r}: each image is a prototype, and the "
-            "rest of `ipc` comes from further noise."
-        )
-        warnings.warn(sentence, InputWarning, stacklevel=2)
-    shown = range(min(len(classes), MAX_ROWS))
-    decoded = [model.decode(tensors[f"{label}.latents"][:MAX_COLUMNS]) for label in shown]
-    grid(decoded, classes).save(folder / "prototypes.png")
-
-    files = [_block_file(work, number) for number in range(math.ceil(len(classes) * recipe.ipc / BLOCK))]
-    write_parquet(folder, classes, map(load_file, files))
-    first = [_first_images(work, label, recipe.ipc) for label in shown]
-    grid(first, classes).save(folder / "preview.png")
-
-    metadata = {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "recipe": dataclasses.asdict(recipe) | {name: without_folders(getattr(recipe, name)) for name in MODELS},
-        "source": _described(source),
-        "model": _described_model(recipe),
-        "fewer_prototypes": fewer,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "checksums": checksums(folder),
-    }
-    (folder / "d4m.json").write_text(json.dumps(metadata, indent=2), encoding="utf-8")
-    write_card(work / "set", recipe.config_name, metadata)
-
-
-def _described(source: Source) -> dict[str, Any]:
-    """Return what is told of a source: nothing of where its files lie here."""
-    original = source.source if isinstance(source, WithoutBadImages) else source
-    kind = type(original)
-    skipped = source.skipped if isinstance(source, WithoutBadImages) else []
-    for value in original.arguments.values():
-        if (name := without_folders(value)) != value:
-            for folder in {str(value), str(Path(value).expanduser()), str(Path(value).expanduser().resolve())}:
-                skipped = [fault.replace(folder, name) for fault in skipped]
-    return {
-        "name": source.name,
-        "class": kind.__name__ if kind.__module__.startswith("d4m_plugin.") else f"{kind.__module__}.{kind.__name__}",
-        "arguments": {name: without_folders(value) for name, value in original.arguments.items()},
-        "hub_id": source.hub_id,
-        "license": source.license,
-        "citation": source.citation,
-        "fingerprint": source.fingerprint,
-        "classes": list(source.classes),
-        "skipped": skipped,
-    }
-
-
-def _described_model(recipe: ResolvedRecipe) -> dict[str, Any]:
-    embedded, here = recipe.diffusion in EMBEDDED, Path(recipe.diffusion).exists()
-    return {
-        "hub_id": None if embedded or here else recipe.diffusion,
-        "digest": model_digest(recipe.diffusion) or None,
-        "license": LICENSE if embedded else license_of(recipe.diffusion, "model"),
-    }
-
-
-def _first_images(work: Path, label: int, ipc: int) -> Tensor:
-    """Return as many images of a class as a preview shows."""
-    images = []
-    for position in range(label * ipc, label * ipc + min(ipc, MAX_COLUMNS)):
-        with safe_open(_block_file(work, position // BLOCK), "pt") as block:
-            images.append(block.get_slice("image")[position % BLOCK])
-    return torch.stack(images)
-
-
-def _class_file(work: Path, label: int) -> Path:
+def class_file(work: Path, label: int) -> Path:
+    """Return where the prototypes of a class lie while its set is made."""
     return work / f"class-{label:06d}.safetensors"
 
 
-def _block_file(work: Path, number: int) -> Path:
+def block_file(work: Path, number: int) -> Path:
+    """Return where a block of images lies while its set is made."""
     return work / f"block-{number:06d}.safetensors"
 
 
-def _progress(stage: str, total: int, done: int) -> "tqdm[Any]":
-    return tqdm(total=total, initial=done, desc=stage, unit=" images", dynamic_ncols=True)
+def _latents_file(folder: Path, label: int) -> Path:
+    return folder / f"latents-{label:06d}.safetensors"

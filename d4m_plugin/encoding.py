@@ -1,16 +1,14 @@
-"""The latents of the real images, class by class, kept for further sets where asked (D4M, section 3.2)."""
+"""The latents of the real images, class by class (D4M, section 3.2)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from d4m_plugin.cache import written_whole
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.sources import LabelledImages
@@ -20,7 +18,7 @@ from d4m_plugin.sources.splits import members_by_label
 
 def encode(
     images: LabelledImages,
-    labels: Sequence[int],
+    labels: Iterable[int],
     model: LatentDiffusion,
     resolution: int,
     resize: Resize = "crop",
@@ -32,7 +30,7 @@ def encode(
 
     Args:
         images: the real images; only those of `labels` are read.
-        labels: the classes to encode, in this order.
+        labels: the classes to encode, in this order; each is asked for when its images are about to be read.
         model: whose VAE encodes.
         resolution: edge in pixels that images are resized to (bicubic).
         resize: `crop` or `squash`, for images that are not square.
@@ -41,55 +39,32 @@ def encode(
         progress: a tqdm bar to move on by one for each image.
     """
     members = members_by_label(images.targets)
-    batches = [(label, batch.numpy()) for label in labels for batch in members[label].split(batch_size)]
-    sampler = [batch for _, batch in batches]
+    asked_for: deque[tuple[int, bool]] = deque()  # of each batch that is being read: its label, and whether it ends it
+
+    def batches() -> Iterator[list[int]]:
+        for label in labels:
+            parts = members[label].split(batch_size)
+            for number, part in enumerate(parts, 1):
+                asked_for.append((label, number == len(parts)))
+                yield part.tolist()
+
+    # The loader takes any iterable of lists, whatever its type says.
+    sampler: Any = batches()
     loader = DataLoader(_Pixels(images, resolution, resize), batch_sampler=sampler, num_workers=num_workers)
     latents: list[Tensor] = []
     at_once = Batches(batch_size)
-    for position, (pixels, (label, _)) in enumerate(zip(loader, batches, strict=True)):
+    for pixels in loader:
+        label, last = asked_for.popleft()
         latents += at_once.run(partial(_encode_part, model, pixels), len(pixels))
         if progress is not None:
             progress.update(len(pixels))
-        if position + 1 == len(batches) or batches[position + 1][0] != label:
+        if last:
             whole, latents = torch.cat(latents), []  # one copy in memory while the caller works
             yield label, whole
 
 
 def _encode_part(model: LatentDiffusion, pixels: Tensor, part: slice) -> Tensor:
     return model.encode(pixels[part])
-
-
-def read_or_encode(
-    labels: Sequence[int],
-    folder: Path,
-    keep: bool,
-    encode: Callable[[Sequence[int]], Iterator[tuple[int, Tensor]]],
-    progress: Any,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield each label with its latents: read from a folder where an earlier run kept them, else encoded.
-
-    Args:
-        labels: the classes, in this order.
-        folder: where the latents of each class lie, or will.
-        keep: write what is encoded there.
-        encode: gives the latents of some of the classes.
-        progress: a tqdm bar to move on by what is read; `encode` moves it by what it encodes.
-    """
-    files = {label: folder / f"class-{label:06d}.safetensors" for label in labels}
-    missing = {label for label in labels if not files[label].exists()}  # asked once: another run may write there
-    encoded = encode([label for label in labels if label in missing])
-    if keep:
-        folder.mkdir(parents=True, exist_ok=True)
-    for label, file in files.items():
-        if label in missing:
-            _, latents = next(encoded)
-            if keep:
-                with written_whole(file) as path:
-                    save_file({"latents": latents}, path)
-        else:
-            latents = load_file(file)["latents"]
-            progress.update(len(latents))
-        yield label, latents
 
 
 class _Pixels(Dataset[Tensor]):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from d4m_plugin.distillation import MODELS
+from d4m_plugin.assembling import MODELS
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.hub import NotOnTheHub, Repository, find_repository, without_folders

@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import d4m_plugin.assembling as assembling
 import d4m_plugin.distillation as distillation
 from d4m_plugin import DistilledDataset, InputError, LatentDiffusion, Recipe, distill
 from d4m_plugin.devices import Batches
@@ -157,7 +158,7 @@ def test_a_crash_while_putting_the_set_together_leaves_no_set(squares, tmp_path,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(distillation, "write_card", full)
+        patch.setattr(assembling, "write_card", full)
         with pytest.raises(InputError, match="No space left on device"):
             distill(squares, RECIPE, output=tmp_path / "set")
     assert not (tmp_path / "set").exists()

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d4m_plugin.diffusion import LatentDiffusion
-from d4m_plugin.distillation import BLOCK, model_digest, open_model, synthesise
+from d4m_plugin.diffusion import LatentDiffusion, model_digest
+from d4m_plugin.distillation import BLOCK, open_model, synthesise
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.sets import JudgedSet, Squares

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from d4m_plugin.assembling import VERSIONS
 from d4m_plugin.cache import make_writable, written_whole
 from d4m_plugin.card import write_card
 from d4m_plugin.devices import default_device
-from d4m_plugin.distillation import VERSIONS
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.evaluation.arms import Arm, Arms
 from d4m_plugin.evaluation.figures import Features
