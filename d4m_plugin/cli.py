@@ -6,11 +6,13 @@ Libraries are imported by the command that needs them, so that help is quick.
 
 import itertools
 import json
+import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from d4m_plugin.errors import InputError, InputWarning
@@ -31,6 +33,7 @@ FUNCTION_COMMANDS = {
     "push": "upload a distilled set to the Hugging Face Hub",
     "pretrain": "train a small latent diffusion pipeline on a dataset",
 }
+LOG = logging.getLogger("d4m_plugin")
 COMMANDS = LIGHTNING_COMMANDS | FUNCTION_COMMANDS
 
 
@@ -86,8 +89,10 @@ def _to_the_user(run: Callable[[], None]) -> None:
     try:
         run()
     except KeyboardInterrupt:
-        print("\nStopped. What is distilled so far is kept: the same command goes on from there.", file=sys.stderr)
-        sys.exit(130)
+        print(
+            "\nStopped. What is done so far is kept: the same command goes on from there.", file=sys.stderr, flush=True
+        )
+        os._exit(130)  # now, whatever threads and other processes are at
     except Exception as error:
         if type(error).__name__ == "MisconfigurationException":  # Lightning's for options that cannot work
             _fail(str(error))
@@ -107,12 +112,14 @@ def _in_one_line(
 ) -> str:
     """Say a warning about the user's data without the line of code that gave it."""
     if issubclass(category, InputWarning):
+        LOG.warning(message)
         return f"warning: {message}\n"
     return _in_full(message, category, filename, lineno, line)
 
 
 def _fail(sentence: str) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr)
+    LOG.error(sentence)
     sys.exit(2)
 
 
@@ -169,17 +176,37 @@ def _call(command: str, args: list[str]) -> None:
     if command == "compare":  # any number of sets, before the options
         sets = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
         args = [*([json.dumps(sets)] if sets else []), *args[len(sets) :]]
-    from d4m_plugin.commands import ABOUT_A_SET, FUNCTIONS, rows_of
+    from d4m_plugin.commands import ABOUT_A_SET, FUNCTIONS, SHARED, rows_of
+    from d4m_plugin.processes import on_all_devices
 
     class Parser(OneSentenceErrors, ArgumentParser):
         """jsonargparse's, with our errors."""
 
     parser = Parser(prog=f"d4m {command}", description=FUNCTION_COMMANDS[command])
     parser.add_argument("--config", action="config", help="a YAML file of the options")
+    parser.add_argument("--log_file", type=Path | None, help="a file to which progress and warnings are added")
     parser.add_function_arguments(FUNCTIONS[command], as_positional=command in ABOUT_A_SET)
+    if command in SHARED:
+        parser.add_function_arguments(on_all_devices)
     options = vars(parser.instantiate(parser.parse_args(args)))
     options.pop("config")
-    print(table(rows_of(FUNCTIONS[command](**options))))
+    if log_file := options.pop("log_file"):
+        _log_to(log_file)
+    devices, num_nodes = options.pop("devices", 1), options.pop("num_nodes", 1)
+    with on_all_devices(1 if options.get("dry_run") else devices, num_nodes) as first:
+        told = rows_of(FUNCTIONS[command](**options))
+    if first:
+        print(table(told))
+
+
+def _log_to(file: Path) -> None:
+    try:
+        handler = logging.FileHandler(file, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"`log_file` is {str(file)!r}, which cannot be written ({error.strerror}).") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
 
 
 def _lightning_cli() -> None:

@@ -112,6 +112,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 # Whose folder, and where to, are given without the options' names.
 ABOUT_A_SET = ("compare", "evaluate", "relabel", "push")
+SHARED = ("distill",)  # by the processes of all devices
 
 
 def rows_of(made: Any) -> dict[str, Any]:

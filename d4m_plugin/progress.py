@@ -22,7 +22,7 @@ def say(line: str) -> None:
     """Tell the user one thing, beside the bars and in the log; once, where several processes work together."""
     if _first_process():
         tqdm.write(line, file=sys.stderr)
-    LOG.info(line)
+        LOG.info(line)
 
 
 class Progress(tqdm):  # type: ignore[type-arg]  # not generic at run time
@@ -64,7 +64,9 @@ class Progress(tqdm):  # type: ignore[type-arg]  # not generic at run time
 
     def _tell(self, form: str) -> None:
         self._last = time.monotonic()
+        if not _first_process():
+            return
         line = self.format_meter(**{**self.format_dict, "bar_format": form, "ncols": None})
-        if _first_process() and not self._bar:
+        if not self._bar:
             tqdm.write(line, file=sys.stderr)
         LOG.info(line)

@@ -1,0 +1,114 @@
+"""The processes of one command, one for each device: started here, or by torchrun or SLURM.
+
+They share the work by files (d4m_plugin/units.py) and form no process group, in which one that died would stop the
+others. So Lightning Fabric tells who started what, and its launcher, which joins them in one, is not used.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, Literal
+
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from d4m_plugin.errors import InputError, InputWarning
+
+GRACE = 2.0  # seconds that a process has to end
+
+
+@contextmanager
+def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) -> Iterator[bool]:
+    """Run the body in a process for each device, and tell each whether it is the first of all.
+
+    Where neither torchrun nor SLURM has started processes, the others run the same command as this one, silently.
+    They end with this one where it fails or is told to stop. Where one of them fails, the rest do its part.
+
+    Args:
+        devices: of this machine; `auto`, all accelerators, or one process on a CPU.
+        num_nodes: machines that run the command, which torchrun and SLURM know too.
+
+    Raises:
+        InputError: where there are not so many devices, or torchrun or SLURM has started another number of processes.
+
+    Warns:
+        InputWarning: where another process failed.
+    """
+    environment = _environment()
+    there = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    count = (there or 1) if devices == "auto" else devices
+    most = there or os.cpu_count() or 1
+    if not 1 <= count <= most:
+        raise InputError(f"`devices` is {devices}; this machine has {most}.")
+    if num_nodes < 1:
+        raise InputError(f"`num_nodes` is {num_nodes}; it must be at least 1.")
+    if environment.creates_processes_externally and (devices != "auto" or num_nodes > 1):
+        try:
+            environment.validate_settings(count, num_nodes)
+        except ValueError as error:
+            raise InputError(f"`devices` is {devices} and `num_nodes` {num_nodes}: {error}") from error
+    here = environment.local_rank()
+    if there:
+        torch.accelerator.set_device_index(here % there)
+    elif count > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    others = [] if environment.creates_processes_externally else [_Other(number) for number in range(1, count)]
+    terminated = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield environment.global_rank() == here == 0
+        for other in others:
+            other.wait()
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
+        for other in others:
+            other.end()
+
+
+def _environment() -> ClusterEnvironment:
+    try:
+        for kind in (TorchElasticEnvironment, SLURMEnvironment):
+            if kind.detect():
+                return kind()
+    except RuntimeError as error:  # of SLURM's variables
+        raise InputError(str(error)) from error
+    return LightningEnvironment()
+
+
+def _stop(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
+
+
+class _Other:
+    """Another process of the same command, by its number on this machine."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        command = [sys.executable, "-m", "d4m_plugin", *sys.argv[1:]]
+        environment = os.environ | {"LOCAL_RANK": str(number)}
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=self.said)
+
+    def wait(self) -> None:
+        """Wait for its end, and tell of a failure by the last thing that it said."""
+        if status := self.process.wait():
+            self.said.seek(0)
+            *_, last = ["", *self.said.read().decode(errors="replace").splitlines()]
+            sentence = f"process {self.number} ended with status {status}, and the others did its part: {last}"
+            warnings.warn(sentence, InputWarning, stacklevel=2)
+
+    def end(self) -> None:
+        """End it where it still runs."""
+        self.process.terminate()
+        try:
+            self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
