@@ -32,6 +32,7 @@ FUNCTION_COMMANDS = {
     "relabel": "store a teacher's logits with a distilled set",
     "push": "upload a distilled set to the Hugging Face Hub",
     "pretrain": "train a small latent diffusion pipeline on a dataset",
+    "cache": "list, verify or remove what is kept of sets, latents and teachers",
 }
 LOG = logging.getLogger("d4m_plugin")
 COMMANDS = LIGHTNING_COMMANDS | FUNCTION_COMMANDS
@@ -173,11 +174,12 @@ def _source_names() -> list[str]:
 def _call(command: str, args: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
-    if command == "compare":  # any number of sets, before the options
-        sets = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
-        args = [*([json.dumps(sets)] if sets else []), *args[len(sets) :]]
-    from d4m_plugin.commands import ABOUT_A_SET, FUNCTIONS, SHARED, rows_of
+    from d4m_plugin.commands import FUNCTIONS, MANY, POSITIONAL, SHARED, rows_of
     from d4m_plugin.processes import on_all_devices
+
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
+    if words and command in MANY:
+        args = [*words[: MANY[command]], json.dumps(words[MANY[command] :]), *args[len(words) :]]
 
     class Parser(OneSentenceErrors, ArgumentParser):
         """jsonargparse's, with our errors."""
@@ -185,7 +187,7 @@ def _call(command: str, args: list[str]) -> None:
     parser = Parser(prog=f"d4m {command}", description=FUNCTION_COMMANDS[command])
     parser.add_argument("--config", action="config", help="a YAML file of the options")
     parser.add_argument("--log_file", type=Path | None, help="a file to which progress and warnings are added")
-    parser.add_function_arguments(FUNCTIONS[command], as_positional=command in ABOUT_A_SET)
+    parser.add_function_arguments(FUNCTIONS[command], as_positional=command in POSITIONAL)
     if command in SHARED:
         parser.add_function_arguments(on_all_devices)
     options = vars(parser.instantiate(parser.parse_args(args)))

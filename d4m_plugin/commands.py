@@ -9,6 +9,7 @@ from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.evaluation.compare import compare
 from d4m_plugin.evaluation.evaluate import evaluate
 from d4m_plugin.evaluation.sweep import sweep
+from d4m_plugin.housekeeping import cache
 from d4m_plugin.pretraining import pretrain
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.rehearsal import estimate, preview
@@ -109,9 +110,11 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "relabel": relabel,
     "push": push_command,
     "pretrain": pretrain,
+    "cache": cache,
 }
-# Whose folder, and where to, are given without the options' names.
-ABOUT_A_SET = ("compare", "evaluate", "relabel", "push")
+# Whose required options are given without their names.
+POSITIONAL = ("cache", "compare", "evaluate", "push", "relabel")
+MANY = {"compare": 0, "cache": 1}  # of them, those that take any number of words, after so many single ones
 SHARED = ("distill",)  # by the processes of all devices
 
 

@@ -39,7 +39,7 @@ from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import at_most
 from d4m_plugin.units import SILENCE, DamagedError, Units, load_tensors, save_tensors
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 BLOCK = 50  # images a unit of synthesis; fixed, so that the units do not depend on the batch size
 
 
@@ -98,10 +98,14 @@ def distill(
         with torch.random.fork_rng(devices=[]):  # so that training goes on alike from a set made or found
             _make(folder, fingerprint, source, resolved, cache, (batch_size, num_workers, keep_latents, compile))
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        refused = isinstance(error, PermissionError) and str(error.filename).startswith(
+            (str(folder.parent), str(cache))
+        )
+        if error.errno not in DISK_ERRORS and not refused:
             raise
         raise InputError(
-            f"{str(folder)!r} could not be written ({error.strerror}); what is done is kept: make room and start again."
+            f"{error.filename or str(folder)!r} could not be written ({error.strerror}); what is done is kept: mend "
+            "that and start again."
         ) from error
     dataset = DistilledDataset(folder)
     if dataset.metadata["fingerprint"] != fingerprint:

@@ -234,4 +234,8 @@ def _png(image: Tensor) -> bytes:
 
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file in a folder."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    found = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

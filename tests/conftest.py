@@ -1,10 +1,12 @@
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
 
 import pytest
 import torch
 
+from d4m_plugin import cli
 from d4m_plugin.diffusion import LatentDiffusion
 from tests.toys import Squares, save_random_pipeline
 
@@ -31,3 +33,19 @@ def random_model(random_pipeline):
 def squares(random_pipeline, monkeypatch):
     monkeypatch.setattr(Squares, "diffusion", str(random_pipeline))
     return Squares()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process; give its exit status, output and errors."""
+
+    def run_command(*words):
+        monkeypatch.setattr(sys, "argv", ["d4m", *map(str, words)])
+        status = 0
+        try:
+            cli.d4m()
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return run_command

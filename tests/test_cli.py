@@ -19,22 +19,6 @@ from d4m_plugin.errors import InputWarning
 SHORT = ["--data.num_inference_steps", "4", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command line in this process; give its exit status, output and errors."""
-
-    def run_command(*words):
-        monkeypatch.setattr(sys, "argv", ["d4m", *map(str, words)])
-        status = 0
-        try:
-            cli.d4m()
-        except SystemExit as error:
-            status = error.code
-        return status, *capsys.readouterr()
-
-    return run_command
-
-
 def table_of(out):
     """The rows of the table that a command ends with."""
     rows = [line.strip().split("  ", 1) for line in out.splitlines() if line.startswith("  ") and "  " in line.strip()]

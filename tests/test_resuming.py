@@ -194,3 +194,58 @@ def test_units_taken_are_free_again_after_an_error(tmp_path):
     with Progress("Making", 3) as progress:
         assert make_some(tmp_path, 3, progress, most=1) == ["0.safetensors"]
         assert make_some(tmp_path, 3, progress) == ["1.safetensors", "2.safetensors"]
+
+
+ON_A_SMALL_DISK = """
+import subprocess, sys
+from pathlib import Path
+import d4m_plugin.distillation as distillation
+from d4m_plugin import InputError
+from tests import kills
+from tests.toys import Squares
+
+place, pipeline, damage, repair = sys.argv[1:]
+Squares.diffusion, distillation.BLOCK = pipeline, 4
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], check=True)
+change = lambda command: subprocess.run(command.replace("PLACE", place), shell=True, check=True)
+synthesise, made = distillation.synthesise, []
+
+def then_trouble(*arguments):
+    made.append(arguments)
+    if len(made) == 3:
+        change(damage)
+    return synthesise(*arguments)
+
+distillation.synthesise = then_trouble
+output = Path(place) / "set"
+try:
+    distillation.distill(Squares(6, kills.CLASSES), kills.RECIPE, output=output)
+except InputError as error:
+    print(error)
+assert not output.exists()
+change(repair)
+distillation.distill(Squares(6, kills.CLASSES), kills.RECIPE, output=output)
+assert len(made) == 7, len(made)  # six blocks, of which the third was lost
+whole = distillation.distill(Squares(6, kills.CLASSES), kills.RECIPE, output=Path(place) / "whole")
+assert kills.contents(output) == kills.contents(whole.root)
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode != 0,
+    reason="needs leave to mount a file system",
+)
+@pytest.mark.parametrize(
+    ("damage", "repair", "told"),
+    [
+        ("cat /dev/zero > PLACE/filler || true", "rm PLACE/filler", "No space left on device"),
+        ("mount --bind PLACE PLACE && mount -o remount,bind,ro PLACE", "umount PLACE", "Read-only file system"),
+    ],
+    ids=["full", "read-only"],
+)
+def test_a_disk_that_fills_up_or_turns_read_only_damages_nothing(damage, repair, told, random_pipeline, tmp_path):
+    command = ["unshare", "-rm", sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path), str(random_pipeline)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    ran = subprocess.run([*command, damage, repair], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert f"could not be written ({told}); what is done is kept: mend that and start again." in ran.stdout

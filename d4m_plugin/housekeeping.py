@@ -1,0 +1,149 @@
+"""`d4m cache`: what the cache holds, whether it is whole, and what can go."""
+
+import json
+import re
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from d4m_plugin.cache import resolve_cache_dir
+from d4m_plugin.distilled import checksums
+from d4m_plugin.errors import InputError
+from d4m_plugin.units import DamagedError, load_tensors
+
+Action = Literal["list", "verify", "remove", "prune"]
+DAY = 24 * 60 * 60  # seconds
+ASIDE = re.compile(r"\..*\.\d+")  # what a killed process was writing: .NAME.HOST.PROCESS
+
+
+def cache(
+    action: Action,
+    names: tuple[str, ...],
+    older_than: float = 7,
+    cache_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Look after the cache of distilled sets, latents of real images, and teachers.
+
+    Args:
+        action: `list` what is there; `verify` its checksums; `remove` what is named; `prune` the unfinished work that
+            nobody has touched for a time.
+        names: as `list` tells them; of `verify`, all by default.
+        older_than: days, of `prune`.
+        cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
+
+    Returns:
+        What to tell the user: each name, and what it is or what was done.
+
+    Raises:
+        InputError: where a name is not there, something is in use, or what was verified is damaged.
+    """
+    if older_than < 0:
+        raise InputError(f"`older_than` is {older_than}; it must be at least 0 days.")
+    root = resolve_cache_dir(cache_dir)
+    there = _entries(root)
+    if unknown := [name for name in names if name not in there]:
+        raise InputError(f"`names` has {unknown[0]!r}, which is not in the cache {str(root)!r}; see `d4m cache list`.")
+    chosen = {name: there[name] for name in names} or there
+    if action == "list":
+        return {name: _described(path) for name, path in chosen.items()} or {"empty": root}
+    if action == "verify":
+        found = {name: _damaged(path) for name, path in chosen.items()}
+        damaged = {name: files for name, files in found.items() if files}
+        if damaged:
+            told = "; ".join(f"{name} ({', '.join(files)})" for name, files in damaged.items())
+            remedy = f"d4m cache remove {' '.join(damaged)}"
+            raise InputError(f"{len(damaged)} of {len(chosen)} are damaged: {told}. Remove them by `{remedy}`.")
+        return {name: "without checksums" if files is None else "whole" for name, files in found.items()}
+    if action == "remove" and not names:
+        raise InputError("`names` is empty; name what is to be removed, as `d4m cache list` tells it.")
+    old = time.time() - older_than * DAY
+    going = chosen if action == "remove" else {n: p for n, p in chosen.items() if _unfinished(p) and _touched(p) < old}
+    return {name: f"removed, {_remove(name, path)}" for name, path in going.items()} or {"removed": "nothing"}
+
+
+def _entries(root: Path) -> dict[str, Path]:
+    """Return what is in the cache by its name: each folder or file of each part."""
+    found = sorted(path for part in ("sets", "latents", "teachers") for path in (root / part).glob("*"))
+    return {str(path.relative_to(root)): path for path in found if path.suffix != ".lock"}
+
+
+def _unfinished(path: Path) -> bool:
+    return path.suffix == ".partial" or ASIDE.fullmatch(path.name) is not None
+
+
+def _files(path: Path) -> list[Path]:
+    return [each for each in (path, *path.rglob("*")) if each.is_file()]
+
+
+def _size(path: Path) -> str:
+    size = sum(file.stat().st_size for file in _files(path)) / 1e6
+    return f"{size:,.1f} MB"
+
+
+def _touched(path: Path) -> float:
+    return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+
+
+def _described(path: Path) -> str:
+    days = (time.time() - _touched(path)) / DAY
+    told = [_size(path), f"{days:.0f} days old"]
+    if path.suffix == ".partial":
+        units = {kind: len(list(path.glob(f"*/{kind}-*.safetensors"))) for kind in ("class", "block")}
+        return ", ".join([*told, f"unfinished: {units['class']} classes and {units['block']} blocks of images done"])
+    if _unfinished(path):
+        return ", ".join([*told, "left by a process that was killed"])
+    for record in path.glob("*/d4m.json"):
+        try:
+            metadata = json.loads(record.read_text(encoding="utf-8"))
+            recipe, source = metadata["recipe"], metadata["source"]
+            options = (f"{name} {recipe[name]}" for name in ("ipc", "strength", "guidance_scale", "seed"))
+            told += [f"finished: {source['name']} by {recipe['diffusion']}", *options]
+        except (ValueError, KeyError, TypeError):
+            told.append("damaged")
+    return ", ".join(told)
+
+
+def _damaged(path: Path) -> list[str] | None:
+    """Return which files are not what was written; None where nothing has a checksum."""
+    records = list(path.glob("*/d4m.json"))
+    units = [file for file in _files(path) if file.suffix == ".safetensors"]
+    if path.suffix == ".partial" or path.parent.name == "latents":
+        return [file.name for file in units if not _is_whole(file)]
+    return [name for record in records for name in _damaged_of_set(record)] if records else None
+
+
+def _is_whole(unit: Path) -> bool:
+    try:
+        load_tensors(unit)
+    except (DamagedError, FileNotFoundError):
+        return False
+    return True
+
+
+def _damaged_of_set(record: Path) -> list[str]:
+    try:
+        known: dict[str, str] = json.loads(record.read_text(encoding="utf-8"))["checksums"]
+    except (ValueError, KeyError, TypeError):
+        return [record.name]
+    found = checksums(record.parent)
+    return [name for name, checksum in known.items() if found.get(name) != checksum]
+
+
+def _remove(name: str, path: Path) -> str:
+    """Remove a file or folder, of which no other process holds a unit, and return its size."""
+    size = _size(path)
+    with ExitStack() as held:
+        for lock in path.rglob("*.lock"):
+            try:
+                held.enter_context(FileLock(lock, blocking=False))
+            except Timeout as error:
+                raise InputError(f"{name!r} is in use by another process; stop it first.") from error
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return size

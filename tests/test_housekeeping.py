@@ -1,0 +1,83 @@
+import os
+import time
+
+import pytest
+from filelock import FileLock
+
+import d4m_plugin.distillation as distillation
+from d4m_plugin import InputError, Recipe, distill
+from d4m_plugin.housekeeping import cache
+
+RECIPE = Recipe(ipc=4, num_inference_steps=2)
+
+
+@pytest.fixture
+def finished(squares):
+    return distill(squares, RECIPE, keep_latents=True).root
+
+
+@pytest.fixture
+def unfinished(squares, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "write_set", None)
+        with pytest.raises(TypeError):
+            distill(squares, Recipe(ipc=2, num_inference_steps=2))
+    (folder,) = (distillation.resolve_cache_dir() / "sets").glob("*.partial")
+    return folder
+
+
+def test_the_list_tells_what_is_finished_from_which_recipe_and_what_is_not(finished, unfinished):
+    told = cache("list", ())
+    latents = next(name for name in told if name.startswith("latents/"))
+    assert told.keys() == {f"sets/{finished.name}", f"sets/{unfinished.name}", latents}
+    assert "finished: squares by random, ipc 4, strength 0.7, guidance_scale 8.0" in told[f"sets/{finished.name}"]
+    assert "unfinished: 3 classes and 1 blocks of images done" in told[f"sets/{unfinished.name}"]
+
+
+def test_damage_is_found_and_can_be_removed(finished, unfinished, squares):
+    assert set(cache("verify", ()).values()) == {"whole"}
+    damaged = [finished / "ipc-4" / "preview.png", next(unfinished.glob("*/block-000000.safetensors"))]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(
+        InputError, match=r"2 of 3 are damaged: .*block-000000.*preview.png.*`d4m cache remove sets/"
+    ) as told:
+        cache("verify", ())
+    names = str(told.value).split("cache remove ")[1].rstrip("`.").split(" ")
+    assert set(cache("remove", tuple(names))) == set(names)
+    assert set(cache("verify", ()).values()) == {"whole"}
+    assert len(distill(squares, RECIPE)) == 12
+
+
+def test_only_old_unfinished_work_is_pruned(finished, unfinished):
+    assert cache("prune", ()) == {"removed": "nothing"}
+    week = time.time() - 8 * 24 * 60 * 60
+    for path in (finished, unfinished, *finished.rglob("*"), *unfinished.rglob("*")):
+        os.utime(path, (week, week))
+    assert list(cache("prune", ())) == [f"sets/{unfinished.name}"]
+    assert finished.exists()
+    assert not unfinished.exists()
+
+
+def test_work_that_another_process_is_at_is_not_removed(unfinished):
+    lock = next(unfinished.glob("*/*.lock"))
+    with FileLock(lock), pytest.raises(InputError, match="is in use by another process"):
+        cache("remove", (f"sets/{unfinished.name}",))
+    assert unfinished.exists()
+
+
+@pytest.mark.parametrize("name", ["sets/none", "../sets", "/etc", "sets/../../x", ""])
+def test_nothing_outside_the_cache_can_be_named(name, finished):
+    with pytest.raises(InputError, match="is not in the cache"):
+        cache("remove", (name,))
+
+
+def test_the_command_takes_words(finished, run):
+    status, printed, _ = run("cache", "list")
+    assert status == 0
+    assert f"sets/{finished.name}" in printed
+    status, printed, _ = run("cache", "remove", f"sets/{finished.name}")
+    assert (status, "removed" in printed, finished.exists()) == (0, True, False)
+    status, _, said = run("cache", "remove", f"sets/{finished.name}", "--older_than", "3")
+    assert status == 2
+    assert said.startswith(f"error: `names` has 'sets/{finished.name}', which is not in the cache")
