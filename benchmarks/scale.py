@@ -7,14 +7,14 @@ Each size is a process of its own, over a folder of tiny files made for it, thro
 
 import json
 import multiprocessing
-import resource
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 from jsonargparse import auto_cli
 
-MIB = 2**10  # kibibytes, getrusage's unit on Linux
+MIB = 2**10  # kibibytes, the unit of /proc
 
 
 def make_folder(root: Path, classes: int, files: int) -> None:
@@ -32,27 +32,44 @@ def make_folder(root: Path, classes: int, files: int) -> None:
             (folder / f"{number}.png").write_bytes(content.getvalue())
 
 
+def memory() -> float:
+    """Return the MiB that this process holds and cannot drop: not those of files that are mapped into it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) / MIB
+
+
 def measure(root: Path, num_workers: int, rows: "multiprocessing.Queue[dict[str, float]]") -> None:
-    """Put the seconds and the peak memory of each stage."""
+    """Put the seconds of each stage, and what memory grew by at its peak."""
     from d4m_plugin import ImageFolder, LatentDiffusion, Recipe, distill
+    from d4m_plugin.progress import Progress
 
     LatentDiffusion("digits")  # libraries and weights count before, not as growth
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, peaks, done = memory(), dict[str, float](), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            for bar in list(Progress._instances):
+                peaks[bar.desc] = max(peaks.get(bar.desc, 0), memory() - before)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
     started = time.perf_counter()
     source = ImageFolder(root, image_size=32)
-    row = {"index": time.perf_counter() - started}
-    started = time.perf_counter()
     _ = source.fingerprint
-    row["fingerprint"] = time.perf_counter() - started
-    row["index_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / MIB
+    row = {"index": time.perf_counter() - started}
+    peaks["Index"] = memory() - before
     recipe = Recipe(ipc=2, diffusion="digits", num_inference_steps=2)
     dataset = distill(source, recipe, output=root.parent / "set", cache_dir=root.parent, num_workers=num_workers)
+    done.set()
+    watching.join()
     row |= json.loads((dataset.folder / "d4m.json").read_text())["seconds"]
-    row["growth_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / MIB
-    rows.put(row)
+    rows.put(row | {f"{stage} MiB": peak for stage, peak in peaks.items()})
 
 
-def main(sizes: tuple[tuple[int, int], ...] = ((1000, 10_000), (1000, 200_000)), num_workers: int = 2) -> None:
+def main(
+    sizes: tuple[tuple[int, int], ...] = ((10, 10_000), (100, 10_000), (1000, 10_000), (1000, 200_000)),
+    num_workers: int = 2,
+) -> None:
     """Measure each size.
 
     Args:

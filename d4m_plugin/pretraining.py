@@ -27,13 +27,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from d4m_plugin.cache import make_writable, written_whole
 from d4m_plugin.callbacks import RunProgress
 from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
 from d4m_plugin.errors import InputError
+from d4m_plugin.progress import Progress
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.sources.images import to_pixels
@@ -232,7 +232,7 @@ def _images(source: Source, size: int) -> tuple[Tensor, Tensor]:
     """Return the training images, uint8 (N, 3, size, size), and their labels, int64 (N,)."""
     train = source.train()
     images = torch.empty(len(train), 3, size, size, dtype=torch.uint8)
-    for index in tqdm(range(len(train)), "Reading", unit=" images", dynamic_ncols=True):
+    for index in Progress("Reading", len(train), iterable=range(len(train))):
         images[index] = to_pixels(train[index][0], size)
     return images, torch.as_tensor(train.targets)
 

@@ -30,12 +30,12 @@ class Progress(tqdm):  # type: ignore[type-arg]  # not generic at run time
 
     Args:
         desc: the stage.
-        total: what there is to do.
+        total: what there is to do, where that is known.
         unit: of it.
         options: of tqdm.
     """
 
-    def __init__(self, desc: str, total: int, unit: str = " images", **options: Any) -> None:
+    def __init__(self, desc: str, total: int | None, unit: str = " images", **options: Any) -> None:
         notebook = any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)
         self._bar = _first_process() and (notebook or sys.stderr.isatty())
         self._last, self._reached = time.monotonic(), False

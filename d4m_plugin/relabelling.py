@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from d4m_plugin.cache import make_writable, written_whole
 from d4m_plugin.card import write_card
@@ -15,6 +14,7 @@ from d4m_plugin.devices import default_device
 from d4m_plugin.distilled import DistilledDataset, checksums, features_of, shards
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import without_folders
+from d4m_plugin.progress import Progress
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher, name_of
@@ -76,7 +76,8 @@ def _logits(teacher: Teacher, dataset: DistilledDataset) -> Tensor:
     """Return a teacher's logits of a set's images, float16, shape (N, classes)."""
     device = default_device()
     batches = []
-    for start in tqdm(range(0, len(dataset), BATCH), "Labelling", unit=" batches", dynamic_ncols=True):
+    starts = range(0, len(dataset), BATCH)
+    for start in Progress("Labelling", len(starts), " batches", iterable=starts):
         images = range(start, min(start + BATCH, len(dataset)))
         pixels = torch.stack([to_pixels(dataset[index][0], teacher.image_size) for index in images])
         batches.append(teacher(pixels.to(device) / 255).half().cpu())

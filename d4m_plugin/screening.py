@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from d4m_plugin.cache import resolve_cache_dir, written_whole
 from d4m_plugin.errors import InputError
+from d4m_plugin.progress import Progress
 from d4m_plugin.sources import Digits, LabelledImages, Source
 from d4m_plugin.subsets import Chosen
 
@@ -47,7 +47,7 @@ def _unreadable(images: LabelledImages, num_workers: int) -> list[int]:
     tried = 0
     own = torch.Generator()  # the loader draws from it, and would from the one that training goes on with
     loader = DataLoader(_Attempts(images), BATCH, num_workers=num_workers, collate_fn=list, generator=own)
-    with tqdm(total=len(images), desc="Checking", unit=" images", dynamic_ncols=True, delay=1) as progress:
+    with Progress("Checking", len(images), delay=1) as progress:
         for faults in loader:
             found += [tried + place for place, fault in enumerate(faults) if fault]
             tried += len(faults)

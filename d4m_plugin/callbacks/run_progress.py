@@ -4,7 +4,8 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from tqdm.auto import tqdm
+
+from d4m_plugin.progress import Progress
 
 METRICS_EVERY = 20  # steps: reading a metric waits for the accelerator
 
@@ -21,7 +22,7 @@ class RunProgress(ProgressBar):
     def __init__(self, description: str = "Training") -> None:
         super().__init__()
         self._description = description
-        self._bar: tqdm[Any] | None = None
+        self._bar: Progress | None = None
         self._enabled = True
 
     def disable(self) -> None:
@@ -32,13 +33,8 @@ class RunProgress(ProgressBar):
         """Open the bar."""
         if self._enabled:
             steps = trainer.estimated_stepping_batches
-            self._bar = tqdm(
-                total=None if steps == float("inf") else int(steps),
-                initial=trainer.global_step,
-                desc=self._description,
-                unit=" steps",
-                dynamic_ncols=True,
-            )
+            total = None if steps == float("inf") else int(steps)
+            self._bar = Progress(self._description, total, " steps", initial=trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Move on to the step reached."""

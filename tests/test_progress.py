@@ -1,0 +1,51 @@
+import logging
+
+import pytest
+
+from d4m_plugin import progress
+from d4m_plugin.progress import Progress, say
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves by twenty seconds a look."""
+    looks = iter(range(0, 10**6, 20))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(looks))
+
+
+def test_where_no_terminal_shows_a_bar_plain_lines_tell_what_is_left(clock, capsys, caplog):
+    caplog.set_level(logging.INFO, "d4m_plugin")
+    with Progress("Encoding", 50_000, mininterval=0) as bar:
+        bar.reach(10_000, "1/5 units")
+        bar.update(5000)
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    first, *_, last = said.splitlines()
+    assert first.startswith("Encoding: 15000 of 50000 images, 1/5 units, ")
+    assert first.endswith(" left")
+    assert last.startswith("Encoding: 15000 of 50000 images in ")
+    assert caplog.messages == said.splitlines()
+
+
+def test_what_is_found_done_is_no_part_of_the_rate():
+    with Progress("Encoding", 100) as bar:
+        bar.reach(90)
+        assert (bar.n, bar.initial) == (90, 90)
+        bar.update(2)
+        bar.reach(91)  # others have done less than what is shown
+        assert (bar.n, bar.initial) == (92, 90)
+
+
+def test_nothing_done_is_nothing_told(capsys):
+    with Progress("Encoding", 100) as bar:
+        bar.reach(100)
+    assert capsys.readouterr().err == ""
+
+
+def test_only_the_first_process_tells(monkeypatch, capsys, caplog):
+    caplog.set_level(logging.INFO, "d4m_plugin")
+    monkeypatch.setattr(progress.rank_zero_only, "rank", 1)
+    say("once")
+    with Progress("Encoding", 10) as bar:
+        bar.update(10)
+    assert (capsys.readouterr().err, caplog.messages) == ("", [])
