@@ -32,13 +32,14 @@ from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
 from d4m_plugin.card import write_card
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import ASSETS, EMBEDDED, LICENSE, LatentDiffusion
-from d4m_plugin.distilled import FORMAT, DistilledDataset, checksums, write_parquet
+from d4m_plugin.distilled import DistilledDataset, checksums, write_parquet
 from d4m_plugin.encoding import encode, read_or_encode
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.hub import license_of, without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.prototypes import Prototypes, cluster
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
+from d4m_plugin.record import FORMAT
 from d4m_plugin.screening import WithoutBadImages, check_images
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Source
