@@ -365,4 +365,7 @@ def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
     for option in options:
         if option not in known:
             raise InputError(f"`scheduler_options` has {option!r}, which {kind.__name__} does not take.")
-    return kind.from_config(own.config, **options)
+    try:
+        return kind.from_config(own.config, **options)
+    except Exception as error:  # of all kinds, by what each scheduler computes of them
+        raise InputError(f"`scheduler_options` is {options}, which {kind.__name__} cannot use: {error}") from error
