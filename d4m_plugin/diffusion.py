@@ -280,7 +280,7 @@ def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Any:
             safety_checker=None,  # it blacks images out without a word
             requires_safety_checker=False,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of all kinds, for a folder that is something else
         raise InputError(f"`diffusion` is {model!r}, which {why_unread(error)}.") from error
 
 
@@ -304,8 +304,9 @@ def _load_vae(name: str, own: Any) -> Any:
 
     try:
         vae = diffusers.AutoModel.from_pretrained(name, torch_dtype=own.dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"`vae` is {name!r}, which is no loadable VAE: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # likewise
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"`vae` is {name!r}, which is no loadable VAE: {reason}") from error
     theirs, ours = vae.config.get("latent_channels"), own.config.latent_channels
     if theirs != ours:
         raise InputError(f"`vae` is {name!r}, of {theirs} latent channels; the model's has {ours}.")

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from d4m_plugin import DistilledDataset, InputError, Recipe, cli, distill
 from d4m_plugin.card import merged_card, write_card
+from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.distilled import read_prototypes
 from d4m_plugin.evaluation.sets import open_set
 from d4m_plugin.hub import license_of, push
@@ -394,6 +396,37 @@ def test_a_teacher_of_another_description_is_told(squares, tmp_path, part, value
     with pytest.raises(InputError, match=r"`teacher` is '.*a.safetensors', w") as error:
         load_teacher(file, squares)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"_class_name": ["pipeline", "Theirs"]},
+        {"_class_name": None},
+        {"unet": ["theirs", "Theirs"]},
+        {"unet": ["os", "system"]},
+        {"unet": 3},
+    ],
+    ids=str,
+)
+def test_a_diffusion_model_brings_no_code(random_pipeline, tmp_path, parts):
+    folder = shutil.copytree(random_pipeline, tmp_path / "theirs")
+    for file in ("pipeline.py", "theirs.py", "unet/theirs.py"):
+        (folder / file).write_text(f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\nclass Theirs: pass\n")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | parts))
+    with pytest.raises(InputError, match=r"`diffusion` is '.*theirs', which is no loadable image-to-image model"):
+        LatentDiffusion(str(folder))
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_train_timesteps": "x"}, {"beta_start": [1]}, {"beta_schedule": "x"}, {"clip_sample": {}, "nope": 1}],
+)
+def test_options_that_a_scheduler_cannot_use_are_told(random_pipeline, options):
+    with pytest.raises(InputError, match=r"`scheduler_options` (is|has) .*, which DDIMScheduler (cannot|does not)"):
+        LatentDiffusion(str(random_pipeline), scheduler_options=options)
 
 
 def test_a_source_of_odd_names_is_indexed_inside_its_folder(tmp_path):
