@@ -170,9 +170,9 @@ def _judged(
 ) -> JudgedSet:
     digest = hashlib.sha256(str(squares.targets).encode())
     digest.update(squares.pixels.contiguous().numpy().data)
+    name = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "set"  # a stranger's, which will be a folder's
     return JudgedSet(
-        name=re.sub(r"[^\w.-]+", "-", name).strip(".-")[:LONGEST_NAME]
-        or "set",  # a stranger's, which will be a folder's
+        name=name[:LONGEST_NAME],
         squares=squares,
         counts=torch.tensor(squares.targets).bincount(minlength=len(source.classes)).tolist(),
         image_size=image_size,
