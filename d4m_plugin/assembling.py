@@ -16,11 +16,12 @@ from torch import Tensor
 from d4m_plugin.cache import flush
 from d4m_plugin.card import write_card
 from d4m_plugin.diffusion import EMBEDDED, LICENSE, LatentDiffusion, model_digest
-from d4m_plugin.distilled import FORMAT, checksums, write_parquet
+from d4m_plugin.distilled import checksums, write_parquet
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.hub import license_of, without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.recipe import ResolvedRecipe
+from d4m_plugin.record import FORMAT
 from d4m_plugin.screening import WithoutBadImages
 from d4m_plugin.sources import Source
 from d4m_plugin.units import load_tensors, seconds_of, write_tensors

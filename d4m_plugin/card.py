@@ -9,19 +9,24 @@ import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+from urllib.parse import quote
 
+from d4m_plugin.cache import written_whole
+from d4m_plugin.checking import content_of, fault_of
 from d4m_plugin.diffusion import EMBEDDED
 from d4m_plugin.distilled import PARQUET, features_of
 from d4m_plugin.errors import InputError
+from d4m_plugin.hub import card_of
 from d4m_plugin.recipe import Recipe
 
+MARKUP = re.compile(r"[`<>&|\[\]*\\]")
 DATA = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar", ".zip", ".png", ".jpg")  # what a config may name
 
 ABOUT = """
 ![The images of {config}, one row a class]({config}/preview.png)
 
-A small set of synthetic images in place of the training split of `{source}`, made by D4M
+A small set of synthetic images in place of the training split of {source}, made by D4M
 ([CVPR 2024](https://arxiv.org/abs/2407.15138)) with [d4m-plugin](https://pypi.org/project/d4m-plugin/): the real images
 of a class are clustered in the latent space of a diffusion model, which makes an image of each cluster's centre. Image
 classifiers are trained on it in a fraction of the time.
@@ -103,16 +108,41 @@ RESULTS = """
 """
 
 
+class CardConfig(TypedDict):
+    """A config of a card's YAML."""
+
+    config_name: str
+
+
+class CardInfo(TypedDict, total=False):
+    """What a card's YAML says of the only config."""
+
+    config_name: str
+
+
+class CardFields(TypedDict, total=False):
+    """What we read of a card's YAML."""
+
+    configs: list[CardConfig]
+    dataset_info: CardInfo | list[CardConfig]
+    license: str | list[str]
+    size_categories: str | list[str]
+    source_datasets: str | list[str]
+    tags: str | list[str]
+    task_categories: str | list[str]
+
+
 def write_card(folder: Path, config: str, metadata: dict[str, Any]) -> None:
     """Write the README.md of a set's folder, or its parts about this set where it is there."""
     file = folder / "README.md"
-    card = file.read_text(encoding="utf-8") if file.exists() else None
+    card = content_of(file) if file.exists() else None
     size = sum(path.stat().st_size for path in (folder / config).glob(PARQUET))
-    file.write_text(merged_card(card, config, metadata, size), encoding="utf-8")
+    with written_whole(file) as path:
+        path.write_text(merged_card(card, config, metadata, size), encoding="utf-8")
 
 
 def merged_card(
-    card: str | None,
+    card: bytes | None,
     config: str,
     metadata: dict[str, Any],
     size: int,
@@ -132,19 +162,17 @@ def merged_card(
     Raises:
         InputError: where the card's YAML is damaged, or the repository holds data that would be hidden.
     """
-    from huggingface_hub import DatasetCard
-
-    source = metadata["source"]
-    try:
-        merged = DatasetCard(card or f"---\npretty_name: {json.dumps(source['name'] + ', distilled')}\n---\n")
-    except ValueError as error:
-        place = hub_id or "the folder"
-        raise InputError(f"the README.md of {place} cannot be read ({error}); mend it first.") from error
+    source, place = metadata["source"], f"the README.md of {hub_id or 'the folder'}"
+    merged = card_of(card or b"---\n{}\n---\n", place)
+    if not card:
+        merged.data["pretty_name"] = f"{source['name']}, distilled"
+    if fault := fault_of({key: value for key, value in vars(merged.data).items() if value is not None}, CardFields, ""):
+        raise InputError(f"{place} is no card of a dataset ({fault}); mend it first.")
     hidden = [name for name in others if name.endswith(DATA)]
     if hidden and not merged.data.get("configs"):  # `datasets` finds data that no config names only where none are
         raise InputError(f"`hub_id` is {hub_id!r}, whose data ({hidden[0]}) has no config that names it; name another.")
     _add_metadata(merged.data, config, metadata, size)
-    text = merged.text.strip() or f"# {source['name']}, distilled"
+    text = merged.text.strip() or f"# {_plain(source['name'])}, distilled"
     text = _with_part(text, "about", _about(config, metadata, hub_id))
     text = _with_part(text, config, _set(config, metadata))
     return f"---\n{merged.data.to_yaml()}\n---\n\n{text}\n"
@@ -188,7 +216,7 @@ def _add(data: Any, key: str, values: list[str]) -> None:
 def _with_part(text: str, name: str, part: str) -> str:
     """Return text with a part of ours in its place, or at the end."""
     start, end = f"<!-- d4m:{name} -->", f"<!-- /d4m:{name} -->"
-    part = f"{start}\n{part.strip()}\n{end}"
+    part = f"{start}\n{part.strip().replace('<!--', '&lt;!--')}\n{end}"  # of what others wrote, none is a mark
     there = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
     return there.sub(lambda _: part, text) if there.search(text) else f"{text.rstrip()}\n\n{part}"
 
@@ -200,7 +228,7 @@ def _about(config: str, metadata: dict[str, Any], hub_id: str | None) -> str:
         f"--data.hub_id {hub_id}" if hub_id else f"--data.set_folder {here}",
     ]
     return ABOUT.format(
-        source=metadata["source"]["name"], where=hub_id or here, config=config, options=" ".join(options)
+        source=_code(metadata["source"]["name"]), where=hub_id or here, config=config, options=" ".join(options)
     )
 
 
@@ -215,10 +243,10 @@ def _set(config: str, metadata: dict[str, Any]) -> str:
         recipe="\n".join(f"| {name} | {_cell(name, value)} |" for name, value in recipe.items()),
         command=_command(metadata),
         source=_linked(source["hub_id"], source["name"], "datasets/"),
-        source_license=source["license"],
-        source_citation=source["citation"] or _page(source["hub_id"]),
+        source_license=_plain(source["license"]),
+        source_citation=_plain(source["citation"]) or _page(source["hub_id"]),
         model=_linked(model["hub_id"], recipe["diffusion"], ""),
-        model_license=model["license"],
+        model_license=_plain(model["license"]),
         model_citation="d4m-plugin" if recipe["diffusion"] in EMBEDDED else _page(model["hub_id"]),
         results=_results(config, metadata["results"]) if "results" in metadata else "",
     )
@@ -226,11 +254,13 @@ def _set(config: str, metadata: dict[str, Any]) -> str:
 
 def _results(config: str, results: dict[str, Any]) -> str:
     rows = [
-        f"| {row['student']} | {row['labels']} | {row['images']:,} {row['arm']} | {percent(row['mean'], row['std'])} |"
+        f"| {_plain(row['student'])} | {_plain(row['labels'])} | {row['images']:,} {_plain(row['arm'])} "
+        f"| {percent(row['mean'], row['std'])} |"
         for row in results["table"]
     ]
-    verdicts = "\n".join(f"- {sentence}" for sentence in results["verdicts"])
-    return RESULTS.format(config=config, verdicts=verdicts, rows="\n".join(rows), **results["protocol"])
+    verdicts = "\n".join(f"- {_plain(sentence)}" for sentence in results["verdicts"])
+    protocol = results["protocol"] | {"teacher": _plain(results["protocol"]["teacher"])}
+    return RESULTS.format_map(protocol | {"config": config, "verdicts": verdicts, "rows": "\n".join(rows)})
 
 
 def percent(mean: float, deviation: float | None) -> str:
@@ -251,16 +281,21 @@ def _command(metadata: dict[str, Any]) -> str:
 
 def _source_options(metadata: dict[str, Any], prefix: str = "") -> list[str]:
     source = metadata["source"]
-    told = [f"--{prefix}source.{name} {_quoted(value)}" for name, value in source["arguments"].items()]
-    return [f"--{prefix}source {source['class']}", *told]
+    told = [f"{_quoted(f'--{prefix}source.{name}')} {_quoted(value)}" for name, value in source["arguments"].items()]
+    return [f"--{prefix}source {_quoted(source['class'])}", *told]
 
 
 def _quoted(value: object) -> str:
-    return shlex.quote(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    """Return a word of a shell's, in one line."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if len(text.splitlines()) > 1:
+        escaped = json.dumps(text, ensure_ascii=False)[1:-1].replace("'", "\\'")
+        return f"$'{escaped}'"
+    return shlex.quote(text)
 
 
 def _linked(hub_id: str | None, name: str, kind: str) -> str:
-    return f"[{hub_id}](https://huggingface.co/{kind}{hub_id})" if hub_id else f"`{name}`"
+    return f"[{_plain(hub_id)}](https://huggingface.co/{kind}{quote(hub_id)})" if hub_id else _code(name)
 
 
 def _page(hub_id: str | None) -> str:
@@ -280,4 +315,15 @@ def _cell(name: str, value: object) -> str:
         return "none"
     if isinstance(value, dict):
         return f"{len(value)}, in d4m.json" if value else "the source's"
-    return f"`{value!s}`".replace("|", "\\|").replace("\n", " ")
+    return _code(str(value))
+
+
+def _code(text: str) -> str:
+    """Return text as code of one line; as HTML, where Markdown would see more in it."""
+    line = " ".join(text.split())
+    return f"<code>{_plain(line)}</code>" if MARKUP.search(line) else f"`{line}`"
+
+
+def _plain(text: str) -> str:
+    """Return what others wrote as one line in which neither Markdown nor HTML sees markup."""
+    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", " ".join(text.split()))

@@ -97,6 +97,8 @@ def _to_the_user(run: Callable[[], None]) -> None:
     except Exception as error:
         if type(error).__name__ == "MisconfigurationException":  # Lightning's for options that cannot work
             _fail(str(error))
+        if type(error).__name__ == "UnpicklingError":  # torch's, of what Lightning gives it
+            _fail("the checkpoint is damaged, or holds more than tensors: it is not read, since that could run code.")
         cause = _input_error(error)
         if cause is None:
             raise
@@ -114,14 +116,19 @@ def _in_one_line(
     """Say a warning about the user's data without the line of code that gave it."""
     if issubclass(category, InputWarning):
         LOG.warning(message)
-        return f"warning: {message}\n"
+        return f"warning: {_printable(str(message))}\n"
     return _in_full(message, category, filename, lineno, line)
 
 
 def _fail(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {_printable(' '.join(sentence.split()))}", file=sys.stderr)
     LOG.error(sentence)
     sys.exit(2)
+
+
+def _printable(text: str) -> str:
+    """Return text as a terminal may show it: what others named may hold its commands."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
@@ -220,4 +227,4 @@ def _lightning_cli() -> None:
 def table(rows: dict[str, Any]) -> str:
     """Return rows of a name and a value as text, the names aligned."""
     width = max(len(name) for name in rows)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+    return "\n".join(_printable(f"  {name:<{width}}  {value}") for name, value in rows.items())

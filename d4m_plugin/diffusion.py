@@ -282,7 +282,7 @@ def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Any:
             safety_checker=None,  # it blacks images out without a word
             requires_safety_checker=False,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of all kinds, for a folder that is something else
         raise InputError(f"`diffusion` is {model!r}, which {why_unread(error)}.") from error
 
 
@@ -306,8 +306,9 @@ def _load_vae(name: str, own: Any) -> Any:
 
     try:
         vae = diffusers.AutoModel.from_pretrained(name, torch_dtype=own.dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"`vae` is {name!r}, which is no loadable VAE: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # likewise
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"`vae` is {name!r}, which is no loadable VAE: {reason}") from error
     theirs, ours = vae.config.get("latent_channels"), own.config.latent_channels
     if theirs != ours:
         raise InputError(f"`vae` is {name!r}, of {theirs} latent channels; the model's has {ours}.")
@@ -367,7 +368,10 @@ def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
     for option in options:
         if option not in known:
             raise InputError(f"`scheduler_options` has {option!r}, which {kind.__name__} does not take.")
-    return kind.from_config(own.config, **options)
+    try:
+        return kind.from_config(own.config, **options)
+    except Exception as error:  # of all kinds, by what each scheduler computes of them
+        raise InputError(f"`scheduler_options` is {options}, which {kind.__name__} cannot use: {error}") from error
 
 
 def model_digest(model: str) -> str:

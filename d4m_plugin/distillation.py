@@ -26,12 +26,13 @@ from d4m_plugin.assembling import MODELS, write_set
 from d4m_plugin.cache import flush, make_writable, resolve_cache_dir
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
-from d4m_plugin.distilled import FORMAT, DistilledDataset
+from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.progress import Progress, say
 from d4m_plugin.prototypes import Prototypes, cluster
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
+from d4m_plugin.record import FORMAT
 from d4m_plugin.screening import WithoutBadImages, check_images
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Source

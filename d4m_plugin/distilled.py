@@ -9,7 +9,8 @@ ipc-10/preview.png, prototypes.png      a grid each, one row a class
 
 import hashlib
 import io
-import json
+import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.datasets import VisionDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -25,10 +27,14 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import NotOnTheHub, find_repository, push
 from d4m_plugin.preview import to_pil
+from d4m_plugin.prototypes import Prototypes
+from d4m_plugin.record import read_record
+from d4m_plugin.sources.images import read_image
 
-FORMAT = 2
+CONFIG = re.compile(r"\w[\w.-]*")  # a config's name, which cards, URLs and commands hold as it is
 PARQUET = "train-*.parquet"
 SHARD = 500_000_000  # bytes, at most
+ROWS = 64  # read at once
 
 
 class DistilledDataset(VisionDataset):
@@ -75,21 +81,15 @@ class DistilledDataset(VisionDataset):
         else:
             found = sorted(path.parent.name for path in Path(root).glob("*/d4m.json"))
             self.folder = Path(root) / _choose(found, config, str(root))
-        self.metadata = _read_metadata(self.folder)
+        self.metadata = read_record(self.folder)
         self.recipe: dict[str, Any] = self.metadata["recipe"]
         self.classes: list[str] = self.metadata["source"]["classes"]
-        try:
-            table = pa.concat_tables(map(pq.read_table, shards(self.folder)))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{str(self.folder / PARQUET)!r} is missing or damaged ({error}).") from error
-        self.targets: list[int] = table["label"].to_pylist()
-        self.weights = torch.tensor(table["weight"].to_pylist(), dtype=torch.float32)
+        columns = _read_parquet(self.folder, self.metadata)
+        self.images, self.weights = columns["image"], columns["weight"]
+        self.targets: list[int] = columns["label"].tolist()
         self.logits: Tensor | None = None
-        if "logits" in table.column_names:
-            flat = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            self.logits = torch.from_numpy(flat.astype("float32")).view(-1, len(self.classes))
-        encoded = table["image"].to_pylist()
-        self.images = torch.stack([pil_to_tensor(Image.open(io.BytesIO(image["bytes"]))) for image in encoded])
+        if "logits" in columns:
+            self.logits = columns["logits"].float().view(len(self), -1)
 
     def push_to_hub(
         self,
@@ -145,6 +145,8 @@ def _choose(found: Sequence[str], config: str | None, root: str) -> str:
     config = config or found[0]
     if config not in found:
         raise InputError(f"`config` is {config!r}, but {root!r} holds {', '.join(found)}.")
+    if not CONFIG.fullmatch(config):
+        raise InputError(f"{root!r} holds a set named {config!r}; rename it by letters, digits, `.`, `-` and `_`.")
     return config
 
 
@@ -161,16 +163,111 @@ def shards(folder: Path) -> list[Path]:
     return found
 
 
-def _read_metadata(folder: Path) -> dict[str, Any]:
+def _read_parquet(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the columns of a set that training needs, as its record says them to be.
+
+    Returns:
+        `image`, uint8, shape (N, 3, H, W); `label`, int64, and `weight`, float32, shape (N,); where a teacher's are
+        stored, `logits`, float16, shape (N, classes).
+
+    Raises:
+        InputError: where they are something else.
+    """
+    classes, ipc, size = len(record["source"]["classes"]), record["recipe"]["ipc"], record["recipe"]["image_size"]
+    types = {
+        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        "label": pa.int64(),
+        "weight": pa.float32(),
+    }
+    if "labels" in record:
+        types["logits"] = pa.list_(pa.float16(), classes)
+    paths = shards(folder)
     try:
-        metadata: dict[str, Any] = json.loads((folder / "d4m.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{str(folder / 'd4m.json')!r} is damaged ({error}); distil or fetch the set anew.") from error
-    if metadata.get("format") != FORMAT:
-        raise InputError(
-            f"{str(folder)!r} is of format {metadata.get('format')!r}, not {FORMAT}; use the d4m-plugin that wrote it."
-        )
-    return metadata
+        columns = _columns([pq.ParquetFile(path) for path in paths], types, classes * ipc, size)
+        if columns["label"].tolist() != [label for label in range(classes) for _ in range(ipc)]:
+            raise ValueError(f"column 'label' is not {ipc} images of each of {classes} classes, class by class")
+        if not ((columns["weight"] > 0) & (columns["weight"] <= 1)).all():
+            raise ValueError("column 'weight' has shares that are not in (0, 1]")
+        if not columns.get("logits", columns["weight"]).isfinite().all():
+            raise ValueError("column 'logits' has values that are no numbers")
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise InputError(f"{str(folder / PARQUET)!r} is missing or damaged ({reason}).") from error
+    return columns
+
+
+def _columns(files: list[pq.ParquetFile], types: dict[str, pa.DataType], rows: int, size: int) -> dict[str, Tensor]:
+    """Return columns of parquet files, a few rows at a time; no more is read than what is expected.
+
+    Args:
+        files: all of the same columns.
+        types: the columns' names and types.
+        rows: how many there must be.
+        size: edge in pixels that images must have.
+    """
+    for file, (name, wanted) in itertools.product(files, types.items()):
+        found = [field.type for field in file.schema_arrow if field.name == name]
+        if found != [wanted]:
+            raise ValueError(f"column {name!r} is {found[0] if found else 'missing'}; it must be {wanted}")
+    if (there := sum(file.metadata.num_rows for file in files)) != rows:
+        raise ValueError(f"it has {there:,} rows; it must have {rows:,}")
+    try:
+        images = torch.empty(rows, 3, size, size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise ValueError(f"{rows:,} images of {size:,} pixels do not fit in memory") from error
+    parts: dict[str, list[Tensor]] = {name: [] for name in types if name != "image"}
+    row = 0
+    leaves = ["image.bytes", *parts]
+    for batch in itertools.chain.from_iterable(file.iter_batches(ROWS, columns=leaves) for file in files):
+        if row + len(batch) > rows:
+            raise ValueError(f"it has more rows than it says, {rows:,}")
+        for name, part in parts.items():
+            part.append(torch.tensor(_values(batch[name], name).to_numpy(zero_copy_only=False)))
+        for encoded in _values(batch["image"], "image"):
+            image = read_image(io.BytesIO(encoded.as_py()), f"row {row}")
+            if image.size != (size, size):
+                raise ValueError(f"row {row} has {image.width} by {image.height} pixels; it must have {size} by {size}")
+            images[row] = pil_to_tensor(image)
+            row += 1
+    return {"image": images, **{name: torch.cat(part) for name, part in parts.items()}}
+
+
+def _values(column: pa.Array, name: str) -> pa.Array:
+    """Return the values of a column: of images their bytes, of lists what is in them, one after another."""
+    values = column
+    if pa.types.is_struct(column.type):
+        values = column.field("bytes")
+    elif pa.types.is_fixed_size_list(column.type):
+        values = column.flatten()
+    if column.null_count or values.null_count:
+        raise ValueError(f"column {name!r} has empty cells")
+    return values
+
+
+def read_prototypes(file: Path, recipe: dict[str, Any], classes: int) -> list[Prototypes]:
+    """Return the prototypes of each class from a set's prototypes.safetensors.
+
+    Args:
+        file: the file.
+        recipe: the set's.
+        classes: how many.
+
+    Raises:
+        InputError: where it is damaged, or holds other tensors.
+    """
+    try:
+        tensors = load_file(file)
+        found = [Prototypes(tensors[f"{label}.latents"], tensors[f"{label}.weights"]) for label in range(classes)]
+        shape = found[0].latents.shape[1:]  # of each latent
+        for each in found:
+            count = len(each.weights)
+            if not 1 <= count <= recipe["prototypes"] or each.latents.shape != (count, *shape) or len(shape) != 3:
+                raise ValueError(f"latents of shape {tuple(each.latents.shape)} for {count} weights")
+            if not all(part.dtype == torch.float32 and part.isfinite().all() for part in (each.latents, each.weights)):
+                raise ValueError("values that are no numbers of 32 bits")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise InputError(f"{str(file)!r} is missing or damaged ({error}).") from error
+    return found
 
 
 def features_of(classes: list[str], with_logits: bool = False) -> Any:

@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 from d4m_plugin.errors import InputError
 
 if TYPE_CHECKING:
+    from huggingface_hub import RepoCard
+
     from d4m_plugin.distilled import DistilledDataset
 
 WAITS = (1, 2, 4, 8)  # seconds before another try, where the Hub says nothing else
@@ -113,6 +115,7 @@ def push(
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="d4m-plugin")
+    _check_files(dataset)
     metadata = _with_licenses(dataset.metadata, source_license, model_license)
     check_write_access(repo_id, private)
     if tag is not None:
@@ -125,6 +128,23 @@ def push(
         _persistently(lambda: api.create_tag(repo_id, tag=name, revision=commit, repo_type="dataset"), repo_id)
     _compare(dataset, repo_id, commit, metadata)
     return commit
+
+
+def _check_files(dataset: "DistilledDataset") -> None:
+    """Refuse a folder with files that its record does not know: a stranger's may link to a secret of this user's."""
+    from d4m_plugin.distilled import checksums
+
+    recorded = dataset.metadata["checksums"]
+    files = [path for path in sorted(dataset.folder.iterdir()) if path.name != "d4m.json"]
+    wrong = [path for path in files if path.name not in recorded or not path.is_file()]
+    if not wrong:
+        found = checksums(dataset.folder)
+        wrong = [path for path in files if found[path.name] != recorded[path.name]]
+    if wrong:
+        raise InputError(
+            f"{str(wrong[0])!r} is not as its d4m.json records it, or not recorded at all; remove it, or make or fetch "
+            "the set anew."
+        )
 
 
 def _with_licenses(metadata: dict[str, Any], source: str | None, model: str | None) -> dict[str, Any]:
@@ -153,7 +173,7 @@ def _commit(api: Any, dataset: "DistilledDataset", repo_id: str, metadata: dict[
     card = None
     if "README.md" in there:
         file = hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head.sha)
-        card = Path(file).read_text(encoding="utf-8")
+        card = Path(file).read_bytes()
     files: dict[str, Any] = {f"{config}/{path.name}": path for path in sorted(dataset.folder.iterdir())}
     size = sum(path.stat().st_size for path in dataset.folder.glob("*.parquet"))
     files[f"{config}/d4m.json"] = _encoded(metadata)
@@ -194,16 +214,37 @@ def _encoded(metadata: dict[str, Any]) -> bytes:
 def license_of(name: str, kind: Literal["dataset", "model"]) -> str:
     """Return the licence that the card of a folder or of a Hub repository states; "unknown" where there is none."""
     import httpx2
-    from huggingface_hub import RepoCard, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     try:
-        card = Path(name) / "README.md"
+        file = Path(name) / "README.md"
         if not Path(name).exists():
-            card = Path(hf_hub_download(name, "README.md", repo_type=kind))
-        stated = RepoCard.load(card).data.get("license")
+            file = Path(hf_hub_download(name, "README.md", repo_type=kind))
+        stated = card_of(file.read_bytes(), str(file)).data.get("license")
     except (OSError, ValueError, httpx2.HTTPError):
         return "unknown"
     return str(stated or "unknown")
+
+
+def card_of(content: bytes, name: str) -> "RepoCard":
+    """Return a README.md as a card: YAML and text.
+
+    Args:
+        content: the file's.
+        name: what an error calls it.
+
+    Raises:
+        InputError: where it is no text, or its YAML is damaged.
+    """
+    import yaml
+    from huggingface_hub import DatasetCard
+
+    try:
+        card = DatasetCard(content.decode("utf-8-sig").replace("\r\n", "\n"))
+        card.content.encode()  # what cannot be written again is told now
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"{name} cannot be read ({' '.join(str(error).split())}); mend it first.") from error
+    return card
 
 
 def without_folders(value: Any) -> Any:

@@ -119,7 +119,7 @@ class D4MCLI(LightningCLI):
                 rows = {"distilled set": found.root, "preview": found.preview}
             options = f"--data.train_on random --data.ipc {math.ceil(len(found) / data.num_classes)}"
             if STORED in self._get(self.config_init, "matching").teachers:
-                options += f" --matching.teacher {data.distilled.metadata['labels']['teacher']}"
+                options += f" --matching.teacher {shlex.quote(data.distilled.metadata['labels']['teacher'])}"
             if data.weighted:
                 options += " --data.weighted false"
             if data.push:

@@ -41,4 +41,5 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def _shortened(name: str) -> str:
+    name = " ".join(name.split())
     return name if len(name) <= 24 else f"{name[:23]}…"

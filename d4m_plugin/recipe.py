@@ -8,9 +8,12 @@ from typing import Any
 
 import yaml
 
+from d4m_plugin.checking import check_fields, fault_of, shown
 from d4m_plugin.errors import InputError
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import Resize
+
+MOST_LISTED = 1000  # the largest divisor that an error names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.class_names is not None:
+            object.__setattr__(self, "class_names", _read_names(self.class_names))
+        check_fields(self)
         for name in (
             "ipc",
             "prototypes",
@@ -82,7 +88,7 @@ class Recipe:
         if self.seed < 0:
             raise InputError(f"`seed` is {self.seed}; it must be at least 0.")
         if self.prototypes is not None and self.ipc % self.prototypes:
-            divisors = ", ".join(str(d) for d in range(1, self.ipc + 1) if self.ipc % d == 0)
+            divisors = ", ".join(str(d) for d in range(1, min(self.ipc, MOST_LISTED) + 1) if self.ipc % d == 0)
             raise InputError(
                 f"`prototypes` is {self.prototypes}, which does not divide `ipc`, {self.ipc}; use one of {divisors}."
             )
@@ -99,10 +105,6 @@ class Recipe:
             )
         if "{name}" not in self.prompt:
             raise InputError(f"`prompt` is {self.prompt!r}; it must contain {{name}}, for the class name.")
-        if self.resize not in ("crop", "squash"):
-            raise InputError(f"`resize` is {self.resize!r}; use crop or squash.")
-        if self.class_names is not None:
-            object.__setattr__(self, "class_names", _read_names(self.class_names))
 
     def resolved(self, source: Source) -> "ResolvedRecipe":
         """Return the recipe with the source's defaults filled in.
@@ -143,6 +145,10 @@ class ResolvedRecipe(Recipe):
     class_names: dict[str, str]
     image_size: int
 
+    def __post_init__(self) -> None:
+        check_fields(self)  # before a file is read: a stranger's recipe names none
+        super().__post_init__()
+
     def prompts(self, classes: Sequence[str]) -> list[str]:
         """Return the prompt of each class."""
         by_number = {key: name for key, name in self.class_names.items() if key not in classes}
@@ -156,10 +162,10 @@ def _read_names(given: dict[Any, Any] | str) -> dict[str, str]:
     if isinstance(given, str):
         try:
             names = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise InputError(f"`class_names` is {given!r}, which cannot be read: {error}") from error
-    if not isinstance(names, dict) or None in names.values():
-        raise InputError(f"`class_names` is {given!r}, which holds no mapping from class names to names.")
+    if fault := fault_of(names, dict[str | int, str | int], "it"):
+        raise InputError(f"`class_names` is {shown(given)}, which holds no mapping from class names to names: {fault}.")
     return dict(sorted((str(name), str(value)) for name, value in names.items()))
 
 

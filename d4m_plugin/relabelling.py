@@ -51,6 +51,7 @@ def relabel(
     if dataset.classes != list(source.classes):
         raise InputError(f"`folder` is {str(folder)!r}, whose classes are not those of {source.name}.")
     make_writable(dataset.folder, "folder")
+    write_card(Path(folder), dataset.folder.name, dataset.metadata)  # now it can still be refused
     loaded = load_teacher(teacher, source, cache_dir)
     tried = check_above_chance(loaded.to(default_device()), source)
     logits = _logits(loaded, dataset)

@@ -14,6 +14,8 @@ from d4m_plugin.recipe import Recipe
 from d4m_plugin.sources import HuggingFace, LabelledImages, Source
 from d4m_plugin.sources.names import match_classes
 
+LONGEST_LABEL = 9  # digits of a class that is a label's number
+
 
 class OthersSet:
     """A set that another tool distilled, as images with the source's labels."""
@@ -120,7 +122,8 @@ def labels_of(classes: Sequence[str], source: Source, name: str) -> list[int]:
         InputWarning: where they are numbers.
     """
     label_of, unknown = match_classes(classes, source.classes)
-    if unknown and all(each.isdecimal() and int(each) < len(source.classes) for each in classes):
+    labels = {name for name in classes if name.isdecimal() and len(name) <= LONGEST_LABEL}
+    if unknown and labels == {*classes} and max(map(int, labels)) < len(source.classes):
         warnings.warn(
             InputWarning(f"the classes of {name} are numbers without names: taken as the labels of {source.name}."),
             stacklevel=2,

@@ -6,8 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from filelock import FileLock
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d4m_plugin.cache import resolve_cache_dir
+from d4m_plugin.checking import fault_of, read_json
 from d4m_plugin.devices import autocast, compute_dtype
 from d4m_plugin.diffusion import ASSETS, EMBEDDED
 from d4m_plugin.errors import InputError
@@ -31,7 +31,22 @@ CHANCE_SAMPLE = 256  # real images that a teacher is tried on
 CHANCE_BATCH = 32
 SMALL_SOURCE = 50_000  # images of at most SMALL_IMAGE pixels: a teacher is trained in minutes
 MISSING_LISTED = 10  # names
-SEEN = ("classes", "mean", "std")  # what a data module tells a checkpoint
+
+
+class Student(TypedDict):
+    """The arguments of `create_student`, in a teacher's file."""
+
+    student: str
+    num_classes: int
+    image_size: int
+
+
+class Seen(TypedDict):
+    """What a data module tells a checkpoint."""
+
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
 
 
 class Teacher(nn.Module):
@@ -152,12 +167,12 @@ def _open(teacher: str, source: Source, cache_dir: str | Path | None) -> Teacher
             return _LIBRARIES[library](name)
         except ImportError as error:
             raise InputError(f"`teacher` is {teacher!r}, but {library} is not installed here.") from error
-        except (OSError, RuntimeError, ValueError, KeyError, AttributeError, UnpicklingError, SafetensorError) as error:
+        except Exception as error:  # of all kinds, for a repository that is something else
             reason = str(error).partition("\n")[0]
             raise InputError(f"`teacher` is {teacher!r}, which cannot be loaded: {reason}") from error
     path = Path(teacher)
     if path.is_file() and path.suffix in (".ckpt", ".safetensors"):
-        return _build(*_student_of(path)) if path.suffix == ".ckpt" else _read_safetensors(path)
+        return _build(*_student_of(path), path) if path.suffix == ".ckpt" else _read_safetensors(path)
     raise InputError(
         f"`teacher` is {teacher!r}, neither auto, {', '.join(f'{library}:NAME' for library in _LIBRARIES)}, nor an "
         "existing .ckpt or .safetensors file."
@@ -244,10 +259,14 @@ def _read_safetensors(path: Path) -> Teacher:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise InputError(f"`teacher` is {str(path)!r}, which is no safetensors file: {error}") from error
-    if "student" not in metadata:
+        raise InputError(f"`teacher` is {str(path)!r}, which is no safetensors file ({error}).") from error
+    if not {"student", "data"} <= metadata.keys():
         raise InputError(f"`teacher` is {str(path)!r}, which was not written by `save_teacher`.")
-    return _build(json.loads(metadata["student"]), json.loads(metadata["data"]), load_file(path))
+    name = f"`teacher` is {str(path)!r}, which"
+    student, data = (
+        read_json(metadata[part].encode(), expected, name) for part, expected in (("student", Student), ("data", Seen))
+    )
+    return _build(student, data, load_file(path), path)
 
 
 def save_teacher(checkpoint: Path, output: Path) -> None:
@@ -261,20 +280,36 @@ def _student_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, T
     """Return the arguments of `create_student`, what the data module recorded, and the weights."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        student = {name: checkpoint["hyper_parameters"][name] for name in ("student", "num_classes", "image_size")}
-        data = next(part for part in checkpoint.values() if isinstance(part, dict) and {*SEEN} <= part.keys())
+        student = {name: checkpoint["hyper_parameters"][name] for name in Student.__required_keys__}
+        data = next(
+            part for part in checkpoint.values() if isinstance(part, dict) and Seen.__required_keys__ <= part.keys()
+        )
+        state, prefix = checkpoint["state_dict"], "student."
+        weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     except Exception as error:  # torch and pickle raise all kinds for a file that is something else
         raise InputError(
             f"`teacher` is {str(path)!r}, which is no checkpoint of an ImageClassifier trained with D4MDataModule."
         ) from error
-    state, prefix = checkpoint["state_dict"], "student."
-    return student, data, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return student, data, weights
 
 
-def _build(student: dict[str, Any], data: dict[str, Any], weights: dict[str, Tensor]) -> Teacher:
-    model = create_student(student["student"], student["num_classes"], student["image_size"])
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    return Teacher(model, data["classes"], student["image_size"], data["mean"], data["std"])
+def _build(student: dict[str, Any], data: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Teacher:
+    """Return a teacher of what a file holds; nothing larger is made.
+
+    Raises:
+        InputError: where its parts do not go together.
+    """
+    fault = fault_of(student, Student, "student") or fault_of(data, Seen, "data")
+    try:
+        if fault or len(data["classes"]) != student["num_classes"]:
+            raise ValueError(fault or f"{len(data['classes'])} names for {student['num_classes']} classes")
+        with torch.device("meta"):
+            model = create_student(student["student"], student["num_classes"], student["image_size"])
+        model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+        return Teacher(model, data["classes"], student["image_size"], data["mean"], data["std"])
+    except (AttributeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"`teacher` is {str(path)!r}, whose parts do not go together ({reason}).") from error
 
 
 def check_above_chance(teacher: Teacher, source: Source) -> str:

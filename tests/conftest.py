@@ -5,10 +5,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
 
 import pytest
 import torch
+from hypothesis import settings
 
 from d4m_plugin import cli
 from d4m_plugin.diffusion import LatentDiffusion
 from tests.toys import Squares, save_random_pipeline
+
+settings.register_profile("short", max_examples=50, deadline=None, database=None, derandomize=True)
+settings.register_profile("long", max_examples=2000, deadline=None, database=None)
+settings.load_profile("short")
 
 
 @pytest.fixture(autouse=True)

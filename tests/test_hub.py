@@ -502,3 +502,20 @@ def test_a_large_set_is_written_in_shards(tmp_path, squares):
     read = datasets.load_dataset(str(made.root), split="train")
     assert read["label"][:] == made.targets
     assert all(isinstance(image, Image.Image) for image in read["image"])
+
+
+@pytest.mark.parametrize("name", ["../../x/d4m.json", "a; rm -rf x/d4m.json", "*/d4m.json", "x/../../d4m.json"])
+def test_the_names_of_files_on_the_hub_do_not_leave_the_cache(hub, client, made, tmp_path, name):
+    record = (made.folder / "d4m.json").read_bytes()
+    hub.dataset("you/theirs", {name: record, "README.md": b"---\n- no card\n---\n"})
+    before = {path for path in tmp_path.rglob("*") if "hf" not in path.parts}
+    said = client("""
+from d4m_plugin import DistilledDataset, InputError
+try:
+    DistilledDataset("you/theirs")
+except InputError as error:
+    print(json.dumps(str(error)))
+""")
+    assert "\n" not in said
+    assert re.search("the Hub refuses|rename it by|is not a distilled set|no such", said), said
+    assert {path for path in tmp_path.rglob("*") if "hf" not in path.parts} <= before | {tmp_path / "client.py"}

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from d4m_plugin import InputError, Recipe
@@ -20,6 +22,22 @@ from tests.toys import Squares
         ({"resolution": -8}, "`resolution` is -8"),
         ({"prompt": "a photo"}, "`prompt` is 'a photo'"),
         ({"seed": -1}, "`seed` is -1"),
+        ({"ipc": "10"}, "`ipc` is '10'; it must be a whole number"),
+        ({"ipc": True}, "`ipc` is True; it must be a whole number"),
+        ({"ipc": 10.0}, "`ipc` is 10.0; it must be a whole number"),
+        ({"ipc": 10**12, "prototypes": 7}, "`prototypes` is 7, which does not divide `ipc`"),
+        ({"seed": 2**70}, "it must be a whole number below 2^63"),
+        ({"strength": "x"}, "`strength` is 'x'; it must be a number"),
+        ({"guidance_scale": float("inf")}, "`guidance_scale` is inf"),
+        ({"prompt": None}, "`prompt` is None; it must be text"),
+        ({"prompt": "{name} \ud800"}, "it must be text"),
+        ({"diffusion": Path("x")}, "it must be text or null"),
+        ({"resize": "stretch"}, "`resize` is 'stretch'; it must be crop or squash"),
+        ({"scheduler_options": ["x"]}, "`scheduler_options` is ['x']; it must be a mapping"),
+        ({"scheduler_options": {"a": object()}}, "it must be a mapping from text to what JSON can hold or null"),
+        ({"class_names": {"a": ["b"]}}, "it['a'] is ['b']; it must be text or a whole number"),
+        ({"class_names": {False: "b"}}, "a key of it is False"),  # YAML's `no`
+        ({"class_names": 3}, "`class_names` is 3, which holds no mapping"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_be_right(options, says):

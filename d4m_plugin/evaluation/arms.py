@@ -7,11 +7,11 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from d4m_plugin.diffusion import LatentDiffusion, model_digest
 from d4m_plugin.distillation import BLOCK, open_model, synthesise
+from d4m_plugin.distilled import read_prototypes
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.sets import JudgedSet, Squares
@@ -127,9 +127,7 @@ class Arms:
         file = folder / "prototypes.safetensors"
         if not file.exists():
             raise InputError(f"{str(file)!r} is missing, which the arms `nearest` and `decoded` need; leave them out.")
-        tensors = load_file(file)
-        labels = range(len(self.source.classes))
-        return [Prototypes(tensors[f"{label}.latents"], tensors[f"{label}.weights"]) for label in labels]
+        return read_prototypes(file, dataset.recipe, len(dataset.classes))
 
     @property
     def _resolution(self) -> int:

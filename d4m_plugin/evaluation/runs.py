@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import lightning as L
 import numpy as np
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.callbacks import TeacherMatching
+from d4m_plugin.checking import read_json
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
 from d4m_plugin.errors import InputError
@@ -108,6 +109,19 @@ class Run:
         return f"{self.student}, {self.arm}, {self.labels} labels, seed {self.seed}{rate}"
 
 
+class Row(TypedDict):
+    """A line of the record of trainings."""
+
+    key: str
+    arm: str
+    labels: str
+    student: str
+    seed: int
+    accuracy: float
+    confusion: list[list[int]] | None
+    losses: list[list[float]]
+
+
 class Trainings:
     """Makes the trainings of a protocol that are not recorded yet, and records each when it is done.
 
@@ -148,10 +162,11 @@ class Trainings:
         self._done: dict[str, dict[str, Any]] = {}
         self._made: dict[Arm, LabelledImages] = {}
         if record.exists():
-            *lines, broken = record.read_text(encoding="utf-8").split("\n")
+            *lines, broken = record.read_bytes().split(b"\n")
             if broken:  # a kill while it was written
-                record.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            self._done = {row["key"]: row for row in map(json.loads, lines)}
+                record.write_bytes(b"".join(line + b"\n" for line in lines))
+            rows = [read_json(line, Row, f"line {n + 1} of {str(record)!r}") for n, line in enumerate(lines)]
+            self._done = {row["key"]: row for row in rows}
 
     def run(self, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Return what each training gave: arm, labels, student, seed, lr, accuracy and more.

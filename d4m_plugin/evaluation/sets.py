@@ -22,6 +22,8 @@ from d4m_plugin.sources.folders import class_folders, index
 from d4m_plugin.sources.images import Resize, squares_of
 from d4m_plugin.sources.names import readable
 
+LONGEST_NAME = 100  # of a set: file systems take 255 bytes
+
 
 class Squares:
     """Images in memory as a dataset.
@@ -92,7 +94,7 @@ def open_set(name: str, source: Source, config_name: str | None = None) -> Judge
         if found is None:
             raise InputError(f"`distilled_set` is {name!r}: no folder here, and no dataset of the Hub.")
         return ours(found, source)
-    if path.is_file():
+    if not path.is_dir():
         return _of_a_file(path, source)
     if any(path.glob("*/d4m.json")):
         return ours(DistilledDataset(path.resolve(), config_name), source)
@@ -130,19 +132,25 @@ def _of_a_file(path: Path, source: Source) -> JudgedSet:
     try:
         held: Any = torch.load(path, map_location="cpu", weights_only=True)
         images, labels = (held["images"], held["labels"]) if isinstance(held, dict) else held
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels).long().flatten()
+        images, labels = torch.as_tensor(images, device="cpu"), torch.as_tensor(labels, device="cpu").long().flatten()
+        images.untyped_storage()  # which a sparse tensor has not
     except Exception as error:  # torch and pickle raise all kinds for a file that is something else
         raise InputError(
             f"`distilled_set` is {str(path)!r}, which does not hold tensors of `images` and `labels`."
         ) from error
-    if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(labels):
-        raise InputError(f"`distilled_set` is {str(path)!r}, whose images are of shape {tuple(images.shape)}.")
+    told = f"`distilled_set` is {str(path)!r}"
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(labels) or not images.numel():
+        raise InputError(f"{told}, whose images are of shape {tuple(images.shape)}, for {len(labels)} labels.")
+    if images.untyped_storage().nbytes() < images.nbytes:  # repeated in the file's description alone
+        raise InputError(f"{told}, which does not hold all of its images.")
     if images.is_floating_point():
-        if images.min() < 0 or images.max() > 1:
-            raise InputError(f"`distilled_set` is {str(path)!r}, whose images leave [0, 1]; undo the normalisation.")
+        if not (images.min() >= 0 and images.max() <= 1):
+            raise InputError(f"{told}, whose images leave [0, 1]; undo the normalisation.")
         images = (images * 255).round()
+    elif images.dtype != torch.uint8:
+        raise InputError(f"{told}, whose images are {images.dtype}; they must be uint8, or floats in [0, 1].")
     if labels.min() < 0 or labels.max() >= len(source.classes):
-        raise InputError(f"`distilled_set` is {str(path)!r}, whose labels leave [0, {len(source.classes)}).")
+        raise InputError(f"{told}, whose labels leave [0, {len(source.classes)}).")
     return _others(path.stem, Squares(images.to(torch.uint8), labels.tolist()), source)
 
 
@@ -162,8 +170,9 @@ def _judged(
 ) -> JudgedSet:
     digest = hashlib.sha256(str(squares.targets).encode())
     digest.update(squares.pixels.contiguous().numpy().data)
+    name = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "set"  # a stranger's, which will be a folder's
     return JudgedSet(
-        name=re.sub(r"[^\w.-]+", "-", name).strip(".-") or "set",  # a stranger's, which will be a folder's
+        name=name[:LONGEST_NAME],
         squares=squares,
         counts=torch.tensor(squares.targets).bincount(minlength=len(source.classes)).tolist(),
         image_size=image_size,

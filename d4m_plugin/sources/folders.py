@@ -12,11 +12,10 @@ from PIL import Image
 
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.sources.base import IndexedSource
-from d4m_plugin.sources.images import natural_size, read_image, size_of
+from d4m_plugin.sources.images import natural_size, picture_formats, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, imagenet_ids, readable
 
 TEST_FOLDERS = ("val", "validation", "test")
-NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # known to Pillow, but not decoded by it alone
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -264,8 +263,8 @@ def _files_under(root: Path, folder: str) -> Iterator[str]:
 
 def _image_suffixes() -> set[str]:
     """Return the suffixes of the formats that Pillow reads."""
-    suffixes = Image.registered_extensions()
-    return {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN and kind not in NO_PICTURES}
+    formats = picture_formats()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats}
 
 
 def _check_ids(root: Path, folders: Sequence[str], ids: Sequence[str], dataset: str) -> None:

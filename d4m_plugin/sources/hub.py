@@ -167,7 +167,7 @@ def _load(path: str, config: str | None, revision: str | None) -> "DatasetDict":
         if file.is_file():
             return datasets.load_dataset(FILE_BUILDERS[file.suffix], data_files=str(file))
         return datasets.load_dataset(str(file) if file.is_dir() else path, config, revision=revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # of all kinds, for files and cards that are something else
         reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"`path` is {path!r}, which `datasets` cannot open: {reason}") from error
 
@@ -213,5 +213,7 @@ def _names(rows: "Dataset", column: str, values: list[Any], synonyms: Synonyms) 
     import datasets
 
     feature = rows.features[column]
+    if isinstance(feature, datasets.ClassLabel) and values[-1] >= feature.num_classes:
+        raise InputError(f"`label_column` is {column!r}, which holds {values[-1]}, but names {feature.num_classes}.")
     names = [feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else str(value) for value in values]
     return [readable(name, synonyms) for name in names]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import warnings
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import IO, Literal
@@ -17,6 +18,7 @@ from d4m_plugin.sources.base import LabelledImages
 
 LARGEST_NATURAL_SIZE = 224  # pixels; what classifiers of photographs see
 SAMPLE = 100  # images looked at for the natural size
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # known to Pillow, which decodes them by other programs
 
 Resize = Literal["crop", "squash"]
 
@@ -34,12 +36,19 @@ def read_image(file: str | Path | IO[bytes], name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at twice as many pixels it is an error
-            with Image.open(file) as image:
+            with Image.open(file, formats=picture_formats()) as image:
                 return to_rgb(image)
     except UnidentifiedImageError as error:
         raise InputError(f"{name!r} cannot be read as an image (no format that Pillow knows).") from error
     except Exception as error:  # Pillow's decoders raise anything on broken files
         raise InputError(f"{name!r} cannot be read as an image ({error}).") from error
+
+
+@cache
+def picture_formats() -> list[str]:
+    """Return the formats that Pillow decodes by itself."""
+    Image.init()
+    return [kind for kind in Image.OPEN if kind not in NO_PICTURES]
 
 
 def size_of(path: str | Path) -> int:
