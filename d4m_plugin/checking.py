@@ -23,7 +23,7 @@ JSON = bool | int | float | str | list[Any] | dict[str, Any] | None
 
 _surrogate = re.compile("[\ud800-\udfff]")  # half a character, which JSON can hold and UTF-8 cannot
 _shorten = reprlib.Repr()
-_shorten.maxstring = 200  # a path is whole
+_shorten.maxstring, _shorten.maxlist, _shorten.maxdict, _shorten.maxlevel = 200, 4, 2, 1  # a path is whole
 
 
 def fault_of(value: Any, expected: Any, name: str) -> str | None:

@@ -159,13 +159,15 @@ class ResolvedRecipe(Recipe):
 def _read_names(given: dict[Any, Any] | str) -> dict[str, str]:
     """Return the mapping that is given or that a file holds, sorted, so that equal ones make equal recipes."""
     names: Any = given
+    option = f"`class_names` is {shown(given)}, which"
     if isinstance(given, str):
         try:
             names = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise InputError(f"`class_names` is {given!r}, which cannot be read: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            raise InputError(f"{option} cannot be read ({reason}).") from error
     if fault := fault_of(names, dict[str | int, str | int], "it"):
-        raise InputError(f"`class_names` is {shown(given)}, which holds no mapping from class names to names: {fault}.")
+        raise InputError(f"{option} holds no mapping from class names to names: {fault}.")
     return dict(sorted((str(name), str(value)) for name, value in names.items()))
 
 
