@@ -94,8 +94,8 @@ RESULTS = """
 
 {verdicts}
 
-| student | labels | trained on | accuracy on the real test images, % |
-|---|---|---|---|
+| student | labels | trained on | images | accuracy on the real test images, % |
+|---|---|---|---|---|
 {rows}
 
 {seeds} seeds, mean ± standard deviation; {steps} steps of {batch_size} images; teacher: {teacher}. Measured by
@@ -226,11 +226,17 @@ def _set(config: str, metadata: dict[str, Any]) -> str:
 
 def _results(config: str, results: dict[str, Any]) -> str:
     rows = [
-        f"| {row['student']} | {row['labels']} | {row['images']:,} {row['arm']} | {percent(row['mean'], row['std'])} |"
+        f"| {row['student']} | {row['labels']} | {row['arm']} | {amount(row)} | {percent(row['mean'], row['std'])} |"
         for row in results["table"]
     ]
     verdicts = "\n".join(f"- {sentence}" for sentence in results["verdicts"])
     return RESULTS.format(config=config, verdicts=verdicts, rows="\n".join(rows), **results["protocol"])
+
+
+def amount(row: dict[str, Any]) -> str:
+    """Return how many images an arm has and, where it is counted, in how many bytes: 100 in 61,234 bytes."""
+    taken = row.get("bytes")  # which older results do not tell
+    return f"{row['images']:,}" + (f" in {taken:,} bytes" if taken else "")
 
 
 def percent(mean: float, deviation: float | None) -> str:

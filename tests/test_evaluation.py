@@ -5,6 +5,7 @@ import json
 import math
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -53,6 +54,61 @@ def test_every_arm_has_as_many_images_of_each_class(arms, arm):
 
 def test_all_real_images_are_an_arm(arms, squares):
     assert len(arms.images("real", 0)) == len(squares.train())
+
+
+class Weighed(Squares):
+    """Each image takes its number of bytes, and more."""
+
+    def stored_bytes(self):
+        return [100 + 30 * number for number in range(len(self.train()))]
+
+
+@pytest.fixture
+def weighed(arms, monkeypatch):
+    """Arms within 1,000 bytes of 18 images of 355 bytes on average."""
+    monkeypatch.setattr(Arms, "bytes", 1000)
+    return Arms(arms.judged, Weighed(6), left_out=torch.tensor([0, 17]))
+
+
+def test_as_many_random_images_fit_as_the_bytes_of_the_set_hold(weighed):
+    drawn = [weighed._within_bytes(seed) for seed in range(20)]
+    kept = np.array(weighed.source.stored_bytes())[1:17]  # two are left out
+    for chosen in drawn:
+        taken, counts = kept[chosen.indices].sum(), np.bincount(chosen.targets, minlength=3)
+        others = np.setdiff1d(np.arange(16), chosen.indices)
+        assert taken <= 1000 < taken + kept[others].max()
+        assert counts.max() - counts.min() <= 1
+    assert len({tuple(chosen.indices) for chosen in drawn}) > 10
+    assert np.array_equal(drawn[3].indices, weighed._within_bytes(3).indices)
+    assert {int(chosen.targets[-1]) for chosen in drawn} == {0, 1, 2}  # no class is always the last served
+    images = [len(chosen) for chosen in drawn]
+    assert weighed.amount("equal_bytes", 20)["images"] == round(sum(images) / 20)
+    assert len(weighed.images("equal_bytes", 0)) == images[0]
+
+
+def test_where_all_real_images_fit_they_are_all_taken_and_one_too_large_is_none(weighed, monkeypatch):
+    monkeypatch.setattr(Arms, "bytes", 10**6)
+    assert len(weighed.images("equal_bytes", 0)) == 16
+    huge = [10**7, *[100] * 17]
+    monkeypatch.setattr(Weighed, "stored_bytes", lambda self: huge)
+    assert len(Arms(weighed.judged, Weighed(6)).images("equal_bytes", 0)) == 17
+
+
+def test_the_bytes_of_a_set_are_those_of_its_files(arms, squares, tmp_path):
+    (file,) = (tmp_path / "set").glob("ipc-4/*.parquet")
+    assert arms.bytes == file.stat().st_size
+    torch.save((torch.zeros(3, 3, 16, 16), torch.arange(3)), tmp_path / "set.pt")
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    others = Arms(open_set(str(tmp_path / "set.pt"), squares), squares)
+    assert others.bytes == 3 * (tmp_path / "black.png").stat().st_size
+
+
+def test_equal_bytes_that_cannot_be_had_are_said_before_any_training(arms, monkeypatch):
+    with pytest.raises(InputError, match="squares does not tell how many bytes its images take; leave it out, or give"):
+        arms.check(("equal_bytes",))
+    monkeypatch.setattr(Arms, "bytes", 99)
+    with pytest.raises(InputError, match=r"the 99 bytes of the distilled set hold not one of .*, the smallest .* 100;"):
+        Arms(arms.judged, Weighed(6)).check(("equal_bytes",))
 
 
 def test_the_nearest_arm_takes_each_prototypes_nearest_images_once(arms, squares):
@@ -264,7 +320,7 @@ def runs_of(distilled, random, labels="hard"):
     ]
 
 
-COUNTS = {"distilled": 10, "random": 10, "real": 100}
+COUNTS = {arm: {"images": images, "bytes": None} for arm, images in (("distilled", 10), ("random", 10), ("real", 100))}
 
 
 def test_the_interval_is_that_of_the_paired_t_test():
@@ -319,16 +375,31 @@ def test_dd_rankings_scores_are_its_formulas():
 
 def test_an_evaluation_ends_with_a_verdict_a_report_and_results_on_the_card(tmp_path):
     distill(Digits(), Recipe(ipc=2, **CHEAP), output=tmp_path / "digits")
-    rows = evaluate(str(tmp_path / "digits"), output=tmp_path / "report", seeds=2, budget=3)
+    arms = ("equal_bytes", "real")
+    rows = evaluate(str(tmp_path / "digits"), output=tmp_path / "report", seeds=2, budget=3, arms=arms)
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert list(rows.values())[:-1] == list(results["verdicts"])
     assert {(row["labels"], row["arm"]) for row in results["table"]} == {
-        (labels, arm) for labels in ("teacher", "hard") for arm in ("distilled", "random", "real")
+        (labels, arm) for labels in ("teacher", "hard") for arm in ("distilled", "random", "equal_bytes", "real")
     }
+    (file,) = (tmp_path / "digits").glob("ipc-2/*.parquet")
+    taken, held = file.stat().st_size, file.stat().st_size // 64  # the digits are 8 by 8 bytes
+    assert 20 < held < 1297
+    amounts = {row["arm"]: (row["images"], row["bytes"]) for row in results["table"]}
+    assert amounts == {
+        "distilled": (20, taken),
+        "random": (20, None),
+        "equal_bytes": (held, 64 * held),
+        "real": (1297, None),
+    }
+    assert results["set"]["bytes"] == taken
+    assert f"random real images in as many bytes ({held:,} of them)" in " ".join(results["verdicts"])
+    assert f"{held:,} in {64 * held:,} bytes" in rows["report"].read_text()
     assert 0 < results["pictures"]["agreement"] <= 1
     assert rows["report"].read_text().count("data:image/png") >= 4
     card = (tmp_path / "digits" / "README.md").read_text()
     assert next(iter(results["verdicts"])) in card
+    assert f"| equal_bytes | {held:,} in {64 * held:,} bytes |" in card
     assert DistilledDataset(tmp_path / "digits").metadata["results"]["verdicts"] == results["verdicts"]
 
 

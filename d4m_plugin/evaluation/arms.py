@@ -1,8 +1,9 @@
 """What students are trained on: the distilled images, and what they have to beat with as many."""
 
+import statistics
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.distillation import BLOCK, model_digest, open_model, synthesise
+from d4m_plugin.distilled import png, shards
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.sets import JudgedSet, Squares
@@ -19,11 +21,12 @@ from d4m_plugin.hub import find_repository
 from d4m_plugin.preview import to_pil
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
+from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import Resize, to_pixels
 from d4m_plugin.subsets import Chosen, at_most
 
-Arm = Literal["distilled", "random", "nearest", "decoded", "generated", "reconstructed", "real"]
+Arm = Literal["distilled", "random", "equal_bytes", "nearest", "decoded", "generated", "reconstructed", "real"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 NEEDED: dict[str, set[Arm]] = {  # of Arms, by which arms
     "recipe": {"nearest", "decoded", "generated", "reconstructed"},
@@ -32,12 +35,13 @@ NEEDED: dict[str, set[Arm]] = {  # of Arms, by which arms
 
 
 class Arms:
-    """The images of each arm, as many of each class as the distilled set has, but for `real`.
+    """The images of each arm, as many of each class as the distilled set has, but for `equal_bytes` and `real`.
 
-    `distilled`: the set. `random`: real training images, drawn anew for each seed. `nearest`: to each prototype, the
-    real images whose latents are nearest. `decoded`: the prototypes through the VAE alone. `generated`: by the same
-    model and prompts from noise alone, without prototypes. `reconstructed`: those of `random` through the VAE and back,
-    which is what the VAE costs. `real`: all real training images. All are squares of the set's size.
+    `distilled`: the set. `random`: real training images, drawn anew for each seed. `equal_bytes`: as many of those as
+    the set's bytes hold, each as it lies on disk, of each class in turn. `nearest`: to each prototype, the real images
+    whose latents are nearest. `decoded`: the prototypes through the VAE alone. `generated`: by the same model and
+    prompts from noise alone, without prototypes. `reconstructed`: those of `random` through the VAE and back, which is
+    what the VAE costs. `real`: all real training images. All are squares of the set's size.
 
     Args:
         judged: the distilled set.
@@ -64,7 +68,7 @@ class Arms:
 
         Raises:
             InputError: where a class has fewer real images than the set, the set is not one of ours, its model is not
-                the one it was made by, or it has no prototypes.
+                the one it was made by, it has no prototypes, or the source does not tell what its images take on disk.
         """
         there = np.bincount(np.asarray(self.train.targets), minlength=len(self.source.classes)).tolist()
         for name, wanted, count in zip(self.source.classes, self.judged.counts, there, strict=True):
@@ -76,14 +80,21 @@ class Arms:
         for part, needed_by in NEEDED.items():
             if not needed_by.isdisjoint(arms):
                 getattr(self, part)
+        if "equal_bytes" in arms and not len(self._fitting):
+            raise InputError(
+                f"`arms` has 'equal_bytes', but the {self.bytes:,} bytes of the distilled set hold not one of the real "
+                f"images, the smallest of which takes {self._stored.min():,}; leave it out."
+            )
 
     def images(self, arm: Arm, seed: int) -> LabelledImages:
-        """Return the images of an arm; those of `random` and `reconstructed` depend on the seed."""
+        """Return the images of an arm; those of `random`, `equal_bytes` and `reconstructed` depend on the seed."""
         made: LabelledImages
         if arm == "distilled":
             made = self.judged.squares
         elif arm == "random":
             made = self._squared(self._random(seed))
+        elif arm == "equal_bytes":
+            made = self._squared(self._within_bytes(seed))
         elif arm == "nearest":
             made = self._squared(self._nearest())
         elif arm == "decoded":
@@ -96,6 +107,32 @@ class Arms:
             made = self._squared(self.train)
         vars(self).pop("model", None)  # its memory is the student's now
         return made
+
+    @cached_property
+    def bytes(self) -> int:
+        """What the distilled set takes on disk, with labels and all; of another method's images, as PNG."""
+        dataset = self.judged.dataset
+        if dataset is None:
+            return sum(len(png(image)) for image in self.judged.squares.pixels)
+        return sum(path.stat().st_size for path in shards(dataset.folder))
+
+    def amount(self, arm: Arm, seeds: int) -> dict[str, int | None]:
+        """Return how many `images` an arm has and, where that is counted, `bytes`: of unlike draws, the means."""
+        if arm == "equal_bytes":
+            drawn = [self._within_bytes(seed) for seed in range(seeds)]
+            taken = [int(self._stored[chosen.indices].sum()) for chosen in drawn]
+            return {"images": round(statistics.mean(map(len, drawn))), "bytes": round(statistics.mean(taken))}
+        if arm == "real":
+            return {"images": len(self.train), "bytes": None}
+        return {"images": len(self.judged.squares), "bytes": self.bytes if arm == "distilled" else None}
+
+    def decided_by(self, arm: Arm) -> Any:
+        """Return what of the set an arm depends on, as JSON can hold it: arms that have it alike are alike."""
+        if arm == "random":
+            return self.judged.counts
+        if arm == "equal_bytes":
+            return self.bytes
+        return None if arm == "real" else self.judged.fingerprint
 
     @cached_property
     def recipe(self) -> ResolvedRecipe:
@@ -140,6 +177,26 @@ class Arms:
 
     def _random(self, seed: int) -> Chosen:
         return at_most(self.train, self.judged.counts, seed)
+
+    @cached_property
+    def _stored(self) -> np.ndarray:
+        """Bytes of each of the real training images on disk."""
+        stored = np.asarray(self.source.stored_bytes())
+        return stored if self.left_out is None else np.delete(stored, self.left_out.numpy())
+
+    @cached_property
+    def _fitting(self) -> np.ndarray:
+        """The real training images that take no more than the whole set."""
+        return np.flatnonzero(self._stored <= self.bytes)
+
+    def _within_bytes(self, seed: int) -> Chosen:
+        """An image of each class, and again, up to the first that does not fit; no choice is made by size."""
+        ordered = at_most(Chosen(self.train, torch.from_numpy(self._fitting)), len(self._fitting), seed)
+        indices = self._fitting[ordered.indices]
+        turns = np.concatenate([np.arange(count) for count in np.bincount(ordered.targets)])
+        indices = indices[np.lexsort((torch.rand(len(turns), generator=generator_of(seed)).numpy(), turns))]
+        fits = np.cumsum(self._stored[indices]) <= self.bytes
+        return Chosen(self.train, torch.from_numpy(indices[fits]))
 
     def _labels(self) -> list[int]:
         return [label for label, count in enumerate(self.judged.counts) for _ in range(count)]

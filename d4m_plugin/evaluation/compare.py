@@ -83,10 +83,11 @@ def compare(
     network = network_of(protocol, source, sets[0], cache_dir)
     rows: list[dict[str, Any]] = []
     for number, each in enumerate(sets):
-        runs = Trainings(Arms(each, source), protocol, output / "runs.jsonl", compile, num_workers, cache_dir).run()
+        arms_of_set = Arms(each, source)
+        runs = Trainings(arms_of_set, protocol, output / "runs.jsonl", compile, num_workers, cache_dir).run()
         folder = output / f"{number + 1}-{each.name}"
         folder.mkdir(exist_ok=True)
-        results = results_of(each, source, protocol, runs, network, folder)
+        results = results_of(arms_of_set, protocol, runs, network, folder)
         rows += _rows(f"{number + 1} {each.name}", results["table"])
     write_csv(output / "comparison.csv", rows)
     return {f"{row['set']}, {row['student']}, {row['labels']}": _shown(row) for row in rows} | {

@@ -70,9 +70,10 @@ def evaluate(
         source: the real images that it was distilled from; scikit-learn's digits by default.
         output: the folder of the report; by default one in `evaluations`, named after the set.
         config_name: which of several sets.
-        arms: what is trained on besides `distilled` and `random`: `real` (all images), `nearest` (real images nearest
-            to the prototypes), `decoded` (prototypes through the VAE alone), `generated` (without prototypes),
-            `reconstructed` (random real ones through the VAE).
+        arms: what is trained on besides `distilled` and `random`: `equal_bytes` (as many random real images as take
+            the bytes of the set on disk), `real` (all images), `nearest` (real images nearest to the prototypes),
+            `decoded` (prototypes through the VAE alone), `generated` (without prototypes), `reconstructed` (random real
+            ones through the VAE).
         labels: `teacher`, its softened outputs (Training-Time Matching), and `hard`, the images' own.
         students: `convnet`, or torchvision classifiers such as resnet18.
         seeds: trainings of each kind, from which the 95 % intervals come.
@@ -110,23 +111,23 @@ def evaluate(
     network = network_of(protocol, source, judged, cache_dir)
     arms_of_set = Arms(judged, source, diffusion)
     runs = Trainings(arms_of_set, protocol, folder / "runs.jsonl", compile, num_workers, cache_dir).run()
-    results = results_of(judged, source, protocol, runs, network, folder)
+    results = results_of(arms_of_set, protocol, runs, network, folder)
     _record(judged, results)
     verdicts = {f"verdict {n + 1}": sentence for n, sentence in enumerate(results["verdicts"])}
     return verdicts | {"report": folder / "report.html"}
 
 
 def results_of(
-    judged: JudgedSet,
-    source: Source,
+    arms: Arms,
     protocol: Protocol,
     runs: Sequence[dict[str, Any]],
     network: Teacher | None,
     folder: Path,
 ) -> dict[str, Any]:
     """Return what the trainings and a network, if there is one, say of a set, written to a folder as a report."""
-    counts = {arm: len(source.train()) if arm == "real" else len(judged.squares) for arm in protocol.arms}
-    table = table_of(runs, counts, len(source.test()))
+    judged, source = arms.judged, arms.source
+    amounts = {arm: arms.amount(arm, protocol.seeds) for arm in protocol.arms}
+    table = table_of(runs, amounts, len(source.test()))
     made, labels = judged.squares.pixels, torch.tensor(judged.squares.targets)
     results: dict[str, Any] = {
         "set": {
@@ -134,6 +135,7 @@ def results_of(
             "source": source.name,
             "classes": list(source.classes),
             "ipc": judged.ipc,
+            "bytes": arms.bytes,
             "image_size": judged.image_size,
             "fingerprint": judged.fingerprint,
         },

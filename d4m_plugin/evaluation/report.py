@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from d4m_plugin.cache import written_whole
-from d4m_plugin.card import percent
+from d4m_plugin.card import amount, percent
 from d4m_plugin.evaluation.figures import Features, draw_all
 from d4m_plugin.evaluation.verdict import points_of
 
@@ -60,6 +60,7 @@ PAGE = """<!doctype html>
 WHAT_ARMS_ARE = {
     "distilled": "the set",
     "random": "as many real images a class, drawn anew for each seed",
+    "equal_bytes": "as many random real images as take the bytes of the set on disk, drawn anew for each seed",
     "nearest": "the real images nearest to the prototypes",
     "decoded": "the prototypes through the VAE alone",
     "generated": "as many images of the model, without prototypes",
@@ -124,7 +125,8 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: dict[str, Image.Image]) -> str:
     judged, protocol = results["set"], results["protocol"]
     title = html.escape(f"{judged['name']}: is it better than random real images?")
-    size = f"{judged['ipc']} images a class of {len(judged['classes'])} classes, {judged['image_size']} pixels"
+    size = f"{judged['ipc']} images a class of {len(judged['classes'])} classes, {judged['image_size']} pixels, "
+    size += f"{judged['bytes']:,} bytes with the labels"
     parts = [
         f"<h1>{title}</h1>",
         f"<p>A distilled set of {html.escape(judged['source'])}: {size}.</p>",
@@ -168,7 +170,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         against = "" if row["difference"] is None else points_of(row["difference"], row["interval"])
-        cells = [row["student"], row["labels"], row["arm"], f"{row['images']:,}", percent(row["mean"], row["std"])]
+        cells = [row["student"], row["labels"], row["arm"], amount(row), percent(row["mean"], row["std"])]
         cells += [against, row["verdict"] or ""]
         ours = ' class="ours"' if row["arm"] == "distilled" else ""
         lines.append(f"<tr{ours}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>\n")
@@ -199,12 +201,14 @@ def _section(title: str, rows: dict[str, Any]) -> list[str]:
 
 
 def _alike(judged: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
-    edge, of_real = judged["image_size"], " (real: all)" if "real" in protocol["arms"] else ""
+    edge = judged["image_size"]
+    unlike = {"equal_bytes": "as many as fit", "real": "all"}
+    others = "".join(f" ({arm}: {count})" for arm, count in unlike.items() if arm in protocol["arms"])
     rates = ", ".join(f"{rate:g}" for rate in protocol["learning_rates"])
     if len(protocol["learning_rates"]) > 1:
         rates += ": each arm has the best on a slice of real training images, by the first seed"
     return {
-        "images": f"{judged['ipc']} a class{of_real}, {edge} by {edge} pixels",
+        "images": f"{judged['ipc']} a class{others}, {edge} by {edge} pixels",
         "students": ", ".join(protocol["students"]),
         "steps": f"{protocol['steps']:,} of {protocol['batch_size']} images; the last one counts",
         "seeds": f"{protocol['seeds']}, of the student's weights, the batches and the random images",

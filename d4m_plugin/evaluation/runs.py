@@ -46,7 +46,7 @@ class Protocol:
         arms: what is trained on; `distilled` and `random` always are.
         labels: the teacher's (Training-Time Matching) or the images' own.
         students: `convnet`, or torchvision classifiers such as resnet18.
-        seeds: trainings of each kind. A seed decides the student's weights, the batches, and the draw of `random`.
+        seeds: trainings of each kind. A seed decides the student's weights, the batches, and the draw of random images.
         steps: updates of each training.
         batch_size: images a batch.
         learning_rates: of several, each arm gets the one that does best, at the first seed, on a slice of real training
@@ -186,9 +186,7 @@ class Trainings:
 
     def _result(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
         teacher = self._teacher if run.labels == "teacher" else None
-        judged = self.arms.judged
-        of_arm = {"random": judged.counts, "real": None}.get(run.arm, judged.fingerprint)
-        decides = self._decides | {"set": of_arm, "teacher": teacher} | dataclasses.asdict(run)
+        decides = self._decides | {"set": self.arms.decided_by(run.arm), "teacher": teacher} | dataclasses.asdict(run)
         key = json.dumps(decides, sort_keys=True)
         if key not in self._done:
             bar.set_postfix_str(str(run))
@@ -208,7 +206,7 @@ class Trainings:
         L.seed_everything(run.seed, verbose=False)  # after the images, whose making may draw
         data = D4MDataModule(
             self.arms.source,
-            train_on="real" if run.arm == "real" else "random",
+            train_on="real" if run.arm in ("real", "equal_bytes") else "random",  # how many images may be held
             batch_size=protocol.batch_size,
             num_workers=self.num_workers,
             image_size=judged.image_size,
@@ -248,7 +246,7 @@ class Trainings:
         """Return what a run trains on; what no seed changes is made once."""
         if run.choosing:
             return self._arms_beside_the_slice.images(run.arm, run.seed)
-        if run.arm in ("random", "reconstructed"):
+        if run.arm in ("random", "equal_bytes", "reconstructed"):
             return self.arms.images(run.arm, run.seed)
         if run.arm not in self._made:
             self._made[run.arm] = self.arms.images(run.arm, run.seed)

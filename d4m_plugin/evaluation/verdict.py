@@ -13,7 +13,7 @@ from d4m_plugin.evaluation.runs import Labels
 Verdict = Literal["better", "worse", "not separable"]
 CONFIDENCE = 0.95
 
-RANDOM = "as many random real images"
+AGAINST: dict[Arm, str] = {"random": "as many random real images", "equal_bytes": "random real images in as many bytes"}
 LABELS: dict[Labels, str] = {"teacher": "the teacher's labels", "hard": "hard labels"}
 
 
@@ -38,25 +38,27 @@ def verdict_of(difference: float, half_width: float) -> Verdict:
     return "better" if difference > 0 else "worse"
 
 
-def table_of(runs: Sequence[dict[str, Any]], images: Mapping[Arm, int], test_images: int) -> list[dict[str, Any]]:
+def table_of(
+    runs: Sequence[dict[str, Any]], amounts: Mapping[Arm, dict[str, int | None]], test_images: int
+) -> list[dict[str, Any]]:
     """Return a row for each student, kind of labels and arm, its accuracies against the distilled set's.
 
     Args:
         runs: as `Trainings.run` returns them.
-        images: how many each arm has.
+        amounts: how many `images` each arm has, and `bytes`, as `Arms.amount` returns them.
         test_images: how many the accuracies are measured on.
 
     Returns:
-        Rows of `student`, `labels`, `arm`, `images`, `mean` and `std` of the accuracies (shares), `seeds`; of the other
-        arms, `difference` (distilled minus theirs, paired by seed), `interval` (half of the 95 % one) and `verdict` on
-        the distilled set; None where they cannot be told.
+        Rows of `student`, `labels`, `arm`, `images`, `bytes`, `mean` and `std` of the accuracies (shares), `seeds`; of
+        the other arms, `difference` (distilled minus theirs, paired by seed), `interval` (half of the 95 % one) and
+        `verdict` on the distilled set; None where they cannot be told.
     """
     cells: dict[tuple[str, Labels, Arm], dict[int, float]] = {}
     for run in runs:
         cells.setdefault((run["student"], run["labels"], run["arm"]), {})[run["seed"]] = run["accuracy"]
     rows = []
     for (student, labels, arm), found in cells.items():
-        row: dict[str, Any] = {"student": student, "labels": labels, "arm": arm, "images": images[arm]}
+        row: dict[str, Any] = {"student": student, "labels": labels, "arm": arm, **amounts[arm]}
         values = list(found.values())
         row |= {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
         row |= {"seeds": len(values), "difference": None, "interval": None, "verdict": None}
@@ -73,20 +75,23 @@ def table_of(runs: Sequence[dict[str, Any]], images: Mapping[Arm, int], test_ima
 def sentences(table: Sequence[dict[str, Any]]) -> dict[str, Verdict | None]:
     """Return the verdicts against random real images by the words for them, the unfavourable ones first."""
     order = ["worse", "not separable", None, "better"]
-    against_random = [row for row in table if row["arm"] == "random"]
-    in_order = sorted(against_random, key=lambda row: order.index(row["verdict"]))
+    against = [row for row in table if row["arm"] in AGAINST]
+    in_order = sorted(against, key=lambda row: order.index(row["verdict"]))
     return {_sentence(row): row["verdict"] for row in in_order}
 
 
 def _sentence(row: dict[str, Any]) -> str:
     under = f"{row['student']}, {LABELS[row['labels']]}"
+    others = AGAINST[row["arm"]]
+    if row["arm"] == "equal_bytes":
+        others += f" ({row['images']:,} of them)"
     if row["verdict"] is None:
         points = points_of(row["difference"])
-        return f"Distilled against {RANDOM}: {points} with one seed, which tells nothing ({under})."
+        return f"Distilled against {others}: {points} with one seed, which tells nothing ({under})."
     what = {
-        "better": f"is better than {RANDOM}",
-        "worse": f"is worse than {RANDOM}",
-        "not separable": f"and {RANDOM} cannot be told apart",
+        "better": f"is better than {others}",
+        "worse": f"is worse than {others}",
+        "not separable": f"and {others} cannot be told apart",
     }[row["verdict"]]
     points = points_of(row["difference"], row["interval"])
     return f"The distilled set {what}: {points}, {row['seeds']} seeds ({under})."
