@@ -165,7 +165,8 @@ class WithoutBadImages(Source):
 
     def stored_bytes(self) -> np.ndarray:
         """Return how many bytes each training image that can be read takes."""
-        return np.asarray(self.source.stored_bytes())[self._train[0].indices]
+        stored: np.ndarray = np.asarray(self.source.stored_bytes())[self._train[0].indices]
+        return stored
 
     def _without_bad(self, images: LabelledImages, fingerprint: str) -> tuple[Chosen, list[str]]:
         bad, _ = find_bad(images, fingerprint, self.cache, self.num_workers)

@@ -14,6 +14,7 @@ from scipy import stats
 
 from d4m_plugin import D4MDataModule, Digits, DistilledDataset, InputError, Recipe, distill
 from d4m_plugin.diffusion import LatentDiffusion
+from d4m_plugin.distillation import synthesise
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.evaluation.arms import Arms
 from d4m_plugin.evaluation.compare import compare
@@ -147,6 +148,59 @@ def test_reconstructed_images_are_the_random_ones_through_the_vae(arms, squares)
     difference = pixels_of(arms.images("reconstructed", 3)).int() - model.decode(model.encode(chosen)).int()
     assert difference.abs().max() <= 1  # of half precision in other batches
     assert not torch.equal(pixels_of(arms.images("random", 0)), pixels_of(arms.images("random", 1)))
+
+
+MADE = ("nearest", "decoded", "generated", "reconstructed")
+
+
+def keeping(arms, folder):
+    return Arms(arms.judged, arms.source, arms.diffusion, kept=folder)
+
+
+def test_what_a_model_makes_is_kept_for_the_next_command(arms, tmp_path, monkeypatch):
+    first = [pixels_of(keeping(arms, tmp_path / "kept").images(arm, 3)) for arm in MADE]
+    other_draw = pixels_of(keeping(arms, tmp_path / "kept").images("reconstructed", 4))
+    monkeypatch.setattr("d4m_plugin.evaluation.arms.open_model", lambda _: pytest.fail("a model was opened"))
+    again = [keeping(arms, tmp_path / "kept").images(arm, 3) for arm in MADE]
+    assert all(torch.equal(pixels_of(new), old) for new, old in zip(again, first, strict=True))
+    assert all(torch.as_tensor(new.targets).bincount().tolist() == [4, 4, 4] for new in again)
+    assert not torch.equal(first[-1], other_draw)
+    assert torch.equal(pixels_of(keeping(arms, tmp_path / "kept").images("reconstructed", 4)), other_draw)
+
+
+def test_images_that_were_kept_of_other_real_images_are_not_taken(arms, tmp_path):
+    keeping(arms, tmp_path / "kept").images("nearest", 0)
+    without = Arms(arms.judged, arms.source, arms.diffusion, torch.arange(3), tmp_path / "kept")
+    without.images("nearest", 0)
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors", None])
+def test_a_damaged_file_of_kept_images_is_made_again(arms, tmp_path, damage):
+    first = pixels_of(keeping(arms, tmp_path / "kept").images("decoded", 0))
+    (file,) = (tmp_path / "kept").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] if damage is None else damage)
+    assert torch.equal(pixels_of(keeping(arms, tmp_path / "kept").images("decoded", 0)), first)
+    assert file.read_bytes() == whole
+
+
+def test_generating_goes_on_where_it_was_killed(arms, tmp_path, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.evaluation.arms.BLOCK", 5)
+    whole, blocks = pixels_of(arms.images("generated", 0)), []
+
+    def killed(block, *others):
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+        blocks.append(block)
+        return synthesise(block, *others)
+
+    monkeypatch.setattr("d4m_plugin.evaluation.arms.synthesise", killed)
+    with pytest.raises(KeyboardInterrupt):
+        keeping(arms, tmp_path / "kept").images("generated", 0)
+    blocks.clear()
+    assert torch.equal(pixels_of(keeping(arms, tmp_path / "kept").images("generated", 0)), whole)
+    assert [len(block) for block in blocks] == [2]
 
 
 def test_a_set_of_other_classes_is_refused(arms):

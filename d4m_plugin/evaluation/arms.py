@@ -1,16 +1,23 @@
 """What students are trained on: the distilled images, and what they have to beat with as many."""
 
+import hashlib
+import json
+import math
 import statistics
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from d4m_plugin.cache import written_whole
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.distillation import BLOCK, model_digest, open_model, synthesise
 from d4m_plugin.distilled import png, shards
@@ -23,7 +30,7 @@ from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import LabelledImages, Source
-from d4m_plugin.sources.images import Resize, to_pixels
+from d4m_plugin.sources.images import Resize, squares_of, to_pixels
 from d4m_plugin.subsets import Chosen, at_most
 
 Arm = Literal["distilled", "random", "equal_bytes", "nearest", "decoded", "generated", "reconstructed", "real"]
@@ -48,12 +55,18 @@ class Arms:
         source: the real images that it was distilled from.
         diffusion: where the model lies, where the set's record names a folder.
         left_out: of the training images, those that no arm may use, int64.
+        kept: a folder where images that a model makes are kept: no later training, or command, makes them again.
     """
 
     def __init__(
-        self, judged: JudgedSet, source: Source, diffusion: str | None = None, left_out: Tensor | None = None
+        self,
+        judged: JudgedSet,
+        source: Source,
+        diffusion: str | None = None,
+        left_out: Tensor | None = None,
+        kept: Path | None = None,
     ) -> None:
-        self.judged, self.source, self.diffusion, self.left_out = judged, source, diffusion, left_out
+        self.judged, self.source, self.diffusion, self.left_out, self.kept = judged, source, diffusion, left_out, kept
 
     @cached_property
     def train(self) -> LabelledImages:
@@ -88,25 +101,46 @@ class Arms:
 
     def images(self, arm: Arm, seed: int) -> LabelledImages:
         """Return the images of an arm; those of `random`, `equal_bytes` and `reconstructed` depend on the seed."""
-        made: LabelledImages
         if arm == "distilled":
-            made = self.judged.squares
-        elif arm == "random":
-            made = self._squared(self._random(seed))
-        elif arm == "equal_bytes":
-            made = self._squared(self._within_bytes(seed))
-        elif arm == "nearest":
-            made = self._squared(self._nearest())
+            return self.judged.squares
+        if arm in NEEDED["recipe"]:
+            return Squares(self._made(arm, seed), self._labels())
+        if arm == "real":
+            return self._squared(self.train)
+        return self._squared(self._random(seed) if arm == "random" else self._within_bytes(seed))
+
+    def _made(self, arm: Arm, seed: int) -> Tensor:
+        """Return what a model makes or finds, uint8, shape (N, 3, H, H), class by class."""
+        if arm == "nearest":
+            pixels = self._kept(arm, self._nearest)
         elif arm == "decoded":
-            made = self._decoded()
+            pixels = self._kept(arm, self._decoded)
         elif arm == "generated":
-            made = self._generated()
-        elif arm == "reconstructed":
-            made = self._reconstructed(seed)
+            blocks = math.ceil(len(self._labels()) / BLOCK)
+            parts = [self._kept(f"{arm}-{number}", partial(self._generated, number)) for number in range(blocks)]
+            pixels = torch.cat(parts)
         else:
-            made = self._squared(self.train)
+            pixels = self._kept(f"{arm}-{seed}", partial(self._reconstructed, seed))
         vars(self).pop("model", None)  # its memory is the student's now
-        return made
+        return pixels
+
+    def _kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return what is kept under a name and all that decides it; made where it is not there, or damaged."""
+        if self.kept is None:
+            return make()
+        assert self.judged.dataset is not None  # or there were no model
+        judged, metadata = self.judged, self.judged.dataset.metadata
+        decides = [judged.fingerprint, judged.image_size, judged.resize, metadata["recipe"], metadata["model"]]
+        decides += [self.source.fingerprint, None if self.left_out is None else self.left_out.tolist()]
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+        file = self.kept / f"{name}-{digest}.safetensors"
+        with suppress(OSError, SafetensorError, KeyError):
+            return load_file(file)["image"]
+        pixels = make()
+        self.kept.mkdir(exist_ok=True)
+        with written_whole(file) as path:
+            save_file({"image": pixels.contiguous()}, path)
+        return pixels
 
     @cached_property
     def bytes(self) -> int:
@@ -201,28 +235,27 @@ class Arms:
     def _labels(self) -> list[int]:
         return [label for label, count in enumerate(self.judged.counts) for _ in range(count)]
 
-    def _decoded(self) -> Squares:
+    def _decoded(self) -> Tensor:
         """Image j of a class is prototype j mod K: where there are fewer prototypes than images, they come again."""
         order = torch.arange(self.recipe.ipc)
         starts = [found.latents[order % len(found.latents)] for found in self.prototypes]
-        return Squares(self.model.decode(torch.cat(starts), self.judged.image_size), self._labels())
+        return self.model.decode(torch.cat(starts), self.judged.image_size)
 
-    def _generated(self) -> Squares:
+    def _generated(self, number: int) -> Tensor:
+        """A block of images, since all of them are long work."""
         shape = self.model.encode(torch.zeros(1, 3, self._resolution, self._resolution, dtype=torch.uint8)).shape
         nothing = dict.fromkeys(range(len(self.source.classes)), Prototypes(torch.zeros(shape), torch.ones(1)))
         recipe = Recipe(**(vars(self.recipe) | {"strength": 1.0})).resolved(self.source)
         prompts = recipe.prompts(self.source.classes)
         wanted = [(label, index) for label in range(len(self.source.classes)) for index in range(recipe.ipc)]
-        blocks = [wanted[start : start + BLOCK] for start in range(0, len(wanted), BLOCK)]
-        made = [synthesise(block, nothing, prompts, recipe, self.model)["image"] for block in blocks]
-        return Squares(torch.cat(made), self._labels())
+        block = wanted[number * BLOCK : (number + 1) * BLOCK]
+        return synthesise(block, nothing, prompts, recipe, self.model)["image"]
 
-    def _reconstructed(self, seed: int) -> Squares:
+    def _reconstructed(self, seed: int) -> Tensor:
         latents = list(self._latents_of(self._random(seed)))
-        pixels = self.model.decode(torch.cat([of_class for _, of_class in latents]), self.judged.image_size)
-        return Squares(pixels, self._labels())
+        return self.model.decode(torch.cat([of_class for _, of_class in latents]), self.judged.image_size)
 
-    def _nearest(self) -> Chosen:
+    def _nearest(self) -> Tensor:
         """Each prototype in turn takes the nearest image that none before it has."""
         targets = torch.as_tensor(self.train.targets)
         chosen = []
@@ -235,7 +268,8 @@ class Arms:
                 of_prototype[mine] = torch.inf
                 mine.append(int(of_prototype.argmin()))
             chosen.append((targets == label).nonzero().flatten()[mine])
-        return Chosen(self.train, torch.cat(chosen))
+        nearest = Chosen(self.train, torch.cat(chosen))
+        return squares_of(nearest, self.judged.image_size, self.judged.resize)
 
     def _latents_of(self, images: LabelledImages) -> Iterator[tuple[int, Tensor]]:
         labels = sorted(set(torch.as_tensor(images.targets).tolist()))

@@ -83,7 +83,7 @@ def compare(
     network = network_of(protocol, source, sets[0], cache_dir)
     rows: list[dict[str, Any]] = []
     for number, each in enumerate(sets):
-        arms_of_set = Arms(each, source)
+        arms_of_set = Arms(each, source, kept=output / "arms")
         runs = Trainings(arms_of_set, protocol, output / "runs.jsonl", compile, num_workers, cache_dir).run()
         folder = output / f"{number + 1}-{each.name}"
         folder.mkdir(exist_ok=True)

@@ -109,7 +109,7 @@ def evaluate(
     )
     make_writable(folder, "output")
     network = network_of(protocol, source, judged, cache_dir)
-    arms_of_set = Arms(judged, source, diffusion)
+    arms_of_set = Arms(judged, source, diffusion, kept=folder / "arms")
     runs = Trainings(arms_of_set, protocol, folder / "runs.jsonl", compile, num_workers, cache_dir).run()
     results = results_of(arms_of_set, protocol, runs, network, folder)
     _record(judged, results)

@@ -28,7 +28,6 @@ from d4m_plugin.evaluation.arms import ARMS, Arm, Arms
 from d4m_plugin.models.classifier import ImageClassifier
 from d4m_plugin.screening import check_images, test_fingerprint
 from d4m_plugin.seeding import seed_of
-from d4m_plugin.sources import LabelledImages
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.subsets import Chosen, at_most
 
@@ -146,7 +145,6 @@ class Trainings:
             "batch_size": protocol.batch_size,
         }
         self._done: dict[str, dict[str, Any]] = {}
-        self._made: dict[Arm, LabelledImages] = {}
         if record.exists():
             *lines, broken = record.read_text(encoding="utf-8").split("\n")
             if broken:  # a kill while it was written
@@ -202,7 +200,7 @@ class Trainings:
 
     def _train(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
         judged, protocol = self.arms.judged, self.protocol
-        images = self._images(run)
+        images = (self._arms_beside_the_slice if run.choosing else self.arms).images(run.arm, run.seed)
         L.seed_everything(run.seed, verbose=False)  # after the images, whose making may draw
         data = D4MDataModule(
             self.arms.source,
@@ -242,16 +240,6 @@ class Trainings:
             "losses": curve.points,
         }
 
-    def _images(self, run: Run) -> LabelledImages:
-        """Return what a run trains on; what no seed changes is made once."""
-        if run.choosing:
-            return self._arms_beside_the_slice.images(run.arm, run.seed)
-        if run.arm in ("random", "equal_bytes", "reconstructed"):
-            return self.arms.images(run.arm, run.seed)
-        if run.arm not in self._made:
-            self._made[run.arm] = self.arms.images(run.arm, run.seed)
-        return self._made[run.arm]
-
     @cached_property
     def _slice(self) -> Chosen:
         """Real training images, as many of each class, by which learning rates are chosen."""
@@ -267,7 +255,7 @@ class Trainings:
     @cached_property
     def _arms_beside_the_slice(self) -> Arms:
         left_out = torch.from_numpy(self._slice.indices)
-        return Arms(self.arms.judged, self.arms.source, self.arms.diffusion, left_out)
+        return Arms(self.arms.judged, self.arms.source, self.arms.diffusion, left_out, self.arms.kept)
 
     @torch.inference_mode()
     def _named_of_the_slice(self, student: ImageClassifier, data: D4MDataModule) -> tuple[Tensor, Tensor]:
