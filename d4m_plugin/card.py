@@ -226,7 +226,7 @@ def _set(config: str, metadata: dict[str, Any]) -> str:
 
 def _results(config: str, results: dict[str, Any]) -> str:
     rows = [
-        f"| {row['student']} | {row['labels']} | {row['arm']} | {amount(row)} | {percent(row['mean'], row['std'])} |"
+        f"| {row['student']} | {row['labels']} | {row['arm']} | {amount(row)} | {accuracy(row)} |"
         for row in results["table"]
     ]
     verdicts = "\n".join(f"- {sentence}" for sentence in results["verdicts"])
@@ -239,9 +239,14 @@ def amount(row: dict[str, Any]) -> str:
     return f"{row['images']:,}" + (f" in {taken:,} bytes" if taken else "")
 
 
-def percent(mean: float, deviation: float | None) -> str:
-    """Return shares as a percentage and, where there is one, its standard deviation: 54.9 ± 0.9."""
-    return f"{100 * mean:.1f}" if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+def accuracy(row: dict[str, Any]) -> str:
+    """Return an accuracy in percent and, where there is one, its standard deviation: 54.9 ± 0.9; what diverged, too."""
+    parts = []
+    if row["mean"] is not None:
+        parts.append(f"{100 * row['mean']:.1f}" + ("" if row["std"] is None else f" ± {100 * row['std']:.1f}"))
+    if row.get("diverged"):  # which older results do not tell
+        parts.append(f"diverged: seed {', '.join(map(str, row['diverged']))}")
+    return "; ".join(parts)
 
 
 def _command(metadata: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from d4m_plugin import D4MDataModule, Digits, DistilledDataset, InputError, Recipe, distill
+from d4m_plugin.card import accuracy
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.distillation import synthesise
 from d4m_plugin.errors import InputWarning
@@ -415,6 +416,44 @@ def test_seeds_that_agree_by_chance_decide_no_difference_of_one_test_image():
 def test_the_unfavourable_verdict_comes_first():
     good, bad = runs_of([0.5, 0.51], [0.4, 0.41], "teacher"), runs_of([0.4, 0.41], [0.5, 0.51], "hard")
     assert ["worse" in sentence for sentence in sentences(table_of(good + bad, COUNTS, 1000))] == [True, False]
+
+
+def test_what_diverged_is_named_and_not_compared():
+    fine, lost = runs_of([0.5, 0.6, 0.5], [0.4, 0.5, 0.4], "teacher"), runs_of([0.5, None, 0.5], [None, 0.5, None])
+    table = table_of(fine + lost, COUNTS, 1000)
+    rows = {(row["labels"], row["arm"]): row for row in table}
+    assert (rows["hard", "distilled"]["mean"], rows["hard", "distilled"]["diverged"]) == (0.5, [1])
+    assert (rows["hard", "random"]["verdict"], rows["hard", "random"]["difference"]) == ("diverged", None)
+    assert rows["teacher", "random"]["verdict"] == "better"
+    first, second = sentences(table)
+    assert "are not compared: trainings diverged, of distilled (seed 1) and random (seed 0, 2); lower" in first
+    assert "is better" in second
+    assert accuracy(rows["hard", "distilled"]) == "50.0 ± 0.0; diverged: seed 1"
+    assert dd_ranking(table_of(lost, COUNTS, 1000), "convnet") == {}
+
+
+def test_a_diverged_training_is_said_to_be_one(arms, squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.teachers.SMALL_SOURCE", 0)
+    options = {"output": tmp_path / "report", "seeds": 2, "budget": 3, "arms": (), "labels": ("hard",)}
+    rows = evaluate(str(tmp_path / "set"), squares, learning_rates=(1e30,), **options)
+    results = json.loads((tmp_path / "report" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert [run["accuracy"] for run in results["runs"]] == [None] * 4
+    assert "diverged, of distilled (seed 0, 1) and random (seed 0, 1)" in rows["verdict 1"]
+    assert "diverged: seed 0, 1" in rows["report"].read_text()
+    assert "diverged: seed 0, 1" in (tmp_path / "set" / "README.md").read_text()
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(arms, tmp_path):
+    options = {"seeds": 1, "steps": 3, "learning_rates": (1e30, 1e-3)}
+    runs = Trainings(arms, protocol(**options), tmp_path / "runs.jsonl").run()
+    assert {run["lr"] for run in runs} == {1e-3}
+    assert None not in {run["accuracy"] for run in runs}
+
+
+def test_a_sweep_whose_training_diverges_asks_for_a_lower_rate(squares, tmp_path):
+    options = {"ipc": 2, "recipe": {"num_inference_steps": 2}, "labels": ("hard",), "seeds": 1, "budget": 3}
+    with pytest.raises(InputError, match=r"`lr` is 1e\+30, under which a training diverged \(distilled, hard labels"):
+        sweep(squares, tmp_path / "sweep", (1.0,), lr=1e30, **options)
 
 
 def test_dd_rankings_scores_are_its_formulas():

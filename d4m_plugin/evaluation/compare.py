@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from d4m_plugin.cache import make_writable
-from d4m_plugin.card import percent
+from d4m_plugin.card import accuracy
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arm, Arms
 from d4m_plugin.evaluation.evaluate import called, network_of, results_of, steps_of
@@ -102,13 +102,16 @@ def _rows(name: str, table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for own in (row for row in table if row["arm"] == "distilled"):
         other = of_random[own["student"], own["labels"]]
-        row = {"set": name} | {column: own[column] for column in ("images", "student", "labels", "mean", "std")}
+        row = {"set": name} | {
+            column: own[column] for column in ("images", "student", "labels", "mean", "std", "diverged")
+        }
         against = {column: other[column] for column in ("difference", "interval", "verdict")}
         rows.append(row | {"random": other["mean"]} | against)
     return rows
 
 
 def _shown(row: dict[str, Any]) -> str:
-    mean = percent(row["mean"], row["std"])
+    if row["verdict"] == "diverged":
+        return f"{accuracy(row)}; not compared, since trainings diverged: lower `learning_rates`"
     points = points_of(row["difference"], row["interval"])
-    return f"{mean} %; against {row['images']} random real images {points}, {row['verdict'] or 'one seed'}"
+    return f"{accuracy(row)} %; against {row['images']} random real images {points}, {row['verdict'] or 'one seed'}"

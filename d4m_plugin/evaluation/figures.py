@@ -1,7 +1,6 @@
 """The figures of an evaluation."""
 
 import itertools
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ def draw_all(results: dict[str, Any], folder: Path, features: Features | None) -
     """
     drawn = {"accuracy.png": accuracy(results, folder / "accuracy.png")}
     classes = len(results["set"]["classes"])
-    if classes <= MOST_CLASSES:
+    diverged = any(row["mean"] is None for row in results["table"][:2])  # distilled and random of the first student
+    if classes <= MOST_CLASSES and not diverged:
         drawn["classes.png"] = by_class(results, folder / "classes.png")
         drawn["confusion.png"] = confusion(results, folder / "confusion.png")
     drawn["losses.png"] = losses(results, folder / "losses.png")
@@ -47,16 +47,17 @@ def accuracy(results: dict[str, Any], path: Path) -> str:
     """Draw the mean accuracy of each arm, a panel for each kind of labels and student, the distilled set in red."""
     table = results["table"]
     panels = list(dict.fromkeys((row["student"], row["labels"]) for row in table))
-    one_seed = table[0]["std"] is None
+    one_seed = results["protocol"]["seeds"] == 1
     figure = new_figure(6, (1 + 0.4 * len(results["protocol"]["arms"])) * len(panels))  # one column, for phones
     axes = figure.subplots(len(panels), squeeze=False, sharex=True).flat
     for axis, (student, labels) in zip(axes, panels, strict=True):
         rows = [row for row in table if (row["student"], row["labels"]) == (student, labels)][::-1]
-        means = [100 * row["mean"] for row in rows]
-        errors = None if one_seed else [100 * row["std"] for row in rows]
+        means = [100 * (row["mean"] or 0) for row in rows]
+        errors = None if one_seed else [100 * (row["std"] or 0) for row in rows]
+        named = ["diverged" if row["mean"] is None else f"{100 * row['mean']:.1f}" for row in rows]
         colours = [OURS if row["arm"] == "distilled" else OTHERS for row in rows]
         bars = axis.barh([row["arm"] for row in rows], means, xerr=errors, color=colours, capsize=3)
-        axis.bar_label(bars, [f"{mean:.1f}" for mean in means], padding=4)
+        axis.bar_label(bars, named, padding=4)
         axis.set(title=f"{student}, {labels} labels")
         axis.margins(x=0.15)
     axes[-1].set(xlabel="accuracy on real test images, %")
@@ -70,7 +71,8 @@ def _of_classes(results: dict[str, Any], arm: str) -> tuple[np.ndarray, dict[str
     """Return an arm's confusion, summed over the seeds of the first student and kind of labels."""
     first = results["table"][0]
     runs = [run for run in results["runs"] if all(run[name] == first[name] for name in ("student", "labels"))]
-    return np.sum([run["confusion"] for run in runs if run["arm"] == arm], 0), first
+    kept = [run["confusion"] for run in runs if run["arm"] == arm and run["confusion"] is not None]
+    return np.sum(kept, 0), first
 
 
 def by_class(results: dict[str, Any], path: Path) -> str:
@@ -120,7 +122,7 @@ def losses(results: dict[str, Any], path: Path) -> str:
             key = {"student": first, "labels": labels, "arm": arm}
             curves = [run["losses"] for run in results["runs"] if all(run[name] == key[name] for name in key)]
             steps = [step for step, _ in curves[0]]
-            means = [statistics.mean(curve[place][1] for curve in curves) for place in range(len(steps))]
+            means = np.array([[loss for _, loss in curve] for curve in curves], float).mean(0)  # NaN where one diverged
             ours = {"color": OURS, "linewidth": 2.5, "zorder": 3} if arm == "distilled" else {"color": next(others)}
             axis.plot(steps, means, label=arm, **ours)
         axis.set(xlabel="step", ylabel="loss", title=f"{first}, {labels} labels", yscale="log")

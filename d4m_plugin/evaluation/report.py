@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from d4m_plugin.cache import written_whole
-from d4m_plugin.card import amount, percent
+from d4m_plugin.card import accuracy, amount
 from d4m_plugin.evaluation.figures import Features, draw_all
 from d4m_plugin.evaluation.verdict import points_of
 
@@ -106,7 +106,7 @@ def write_report(
         features: for the t-SNE: of distilled images, (N, D), their labels, of real ones, and theirs.
     """
     with written_whole(folder / "results.json") as path:
-        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        path.write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
     write_csv(folder / "results.csv", results["table"])
     drawn = {caption: Image.open(folder / name) for name, caption in draw_all(results, folder, features).items()}
     with written_whole(folder / "report.html") as path:
@@ -170,7 +170,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         against = "" if row["difference"] is None else points_of(row["difference"], row["interval"])
-        cells = [row["student"], row["labels"], row["arm"], amount(row), percent(row["mean"], row["std"])]
+        cells = [row["student"], row["labels"], row["arm"], amount(row), accuracy(row)]
         cells += [against, row["verdict"] or ""]
         ours = ' class="ours"' if row["arm"] == "distilled" else ""
         lines.append(f"<tr{ours}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>\n")

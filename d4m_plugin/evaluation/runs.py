@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -154,6 +155,8 @@ class Trainings:
     def run(self, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Return what each training gave: arm, labels, student, seed, lr, accuracy and more.
 
+        The accuracy of a training that diverged, whose loss or weights are no numbers any more, is None.
+
         Args:
             seeds: of some seeds; of all by default.
         """
@@ -180,7 +183,7 @@ class Trainings:
             lr: self._result(dataclasses.replace(kind, lr=lr, choosing=True), bar)["accuracy"]
             for lr in self.protocol.learning_rates
         }
-        return max(tried, key=lambda lr: tried[lr])
+        return max(tried, key=lambda lr: -1.0 if tried[lr] is None else tried[lr])
 
     def _result(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
         teacher = self._teacher if run.labels == "teacher" else None
@@ -192,7 +195,7 @@ class Trainings:
             row = dataclasses.asdict(run) | self._train(run, bar)
             row |= {"seconds": round(time.perf_counter() - started, 1), "key": key}
             with self.record.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps(row)}\n")
+                file.write(f"{json.dumps(row, allow_nan=False)}\n")
             self._done[key] = row
         else:
             bar.update(self.protocol.steps)
@@ -228,6 +231,9 @@ class Trainings:
             enable_model_summary=False,
         )
         trainer.fit(student, datamodule=data)
+        weights = student.state_dict().values()
+        if curve.points[-1][1] is None or not all(bool(each.isfinite().all()) for each in weights):
+            return {"accuracy": None, "confusion": None, "losses": curve.points}
         if run.choosing:
             named, labels = self._named_of_the_slice(student, data)
         else:
@@ -282,13 +288,13 @@ class _Curve(L.Callback):
 
     def __init__(self, steps: int, bar: "tqdm[Any]") -> None:
         self.every, self.bar = max(1, steps // CURVE), bar
-        self.points: list[list[float]] = []
+        self.points: list[list[float | None]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
-        """Note a step."""
-        if trainer.global_step % self.every == 0:
-            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-            self.points.append([trainer.global_step, float(f"{float(loss):.4g}")])
+        """Note a step, and the last in any case."""
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            loss = float(outputs["loss"] if isinstance(outputs, dict) else outputs)
+            self.points.append([trainer.global_step, float(f"{loss:.4g}") if math.isfinite(loss) else None])
         self.bar.update(1)
 
 
