@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import struct
+import zlib
 
 import lightning as L
 import numpy as np
@@ -19,7 +21,7 @@ from d4m_plugin.distillation import synthesise
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.evaluation.arms import Arms
 from d4m_plugin.evaluation.compare import compare
-from d4m_plugin.evaluation.evaluate import evaluate, steps_of
+from d4m_plugin.evaluation.evaluate import evaluate, results_of, steps_of
 from d4m_plugin.evaluation.runs import Protocol, Trainings
 from d4m_plugin.evaluation.sets import open_set, ours
 from d4m_plugin.evaluation.sweep import setting_row, sweep
@@ -366,10 +368,30 @@ def test_a_set_that_cannot_be_written_is_judged_all_the_same(arms, squares, tmp_
     assert rows["report"].is_file()
 
 
+@pytest.mark.parametrize("damage", ["none", "missing", "cut off", "huge", "no picture"])
+def test_a_picture_of_the_prototypes_that_cannot_be_shown_is_left_out(arms, tmp_path, damage):
+    file = tmp_path / "set" / "ipc-4" / "prototypes.png"
+    whole = file.read_bytes()
+    edge = struct.pack(">I", 10**5)
+    header = b"IHDR" + edge + edge + whole[24:29]
+    file.unlink()
+    if damage != "missing":
+        huge = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+        file.write_bytes(
+            {"none": whole, "cut off": whole[: len(whole) // 2], "huge": huge, "no picture": b"GIF"}[damage]
+        )
+    results = results_of(arms, protocol(seeds=1), runs_of([0.5], [0.4]), None, tmp_path)
+    assert results["pictures"] == {}
+    page = (tmp_path / "report.html").read_text()
+    assert "The distilled images." in page
+    assert ("The prototypes, through the VAE alone." in page) == (damage == "none")
+
+
 def runs_of(distilled, random, labels="hard"):
     pairs = {"distilled": distilled, "random": random}
     return [
         {"student": "convnet", "labels": labels, "arm": arm, "seed": seed, "accuracy": accuracy}
+        | {"confusion": [[1, 0, 0], [0, 2, 1], [0, 0, 3]], "losses": [[1, 1.0]]}
         for arm, accuracies in pairs.items()
         for seed, accuracy in enumerate(accuracies)
     ]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from d4m_plugin.cache import make_writable, written_whole
@@ -31,7 +30,7 @@ from d4m_plugin.hub import without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
-from d4m_plugin.sources.images import Resize, squares_of
+from d4m_plugin.sources.images import Resize, read_image, squares_of
 from d4m_plugin.subsets import at_most
 from d4m_plugin.teachers import Teacher, load_teacher
 
@@ -152,8 +151,9 @@ def results_of(
     shown = [(made[some], name) for some, name in zip(first, source.classes, strict=False) if len(some)]
     pictures = {"The distilled images.": grid([row for row, _ in shown], [name for _, name in shown])}
     if judged.dataset:
-        with suppress(OSError, Image.DecompressionBombError):  # it may be missing, or huge
-            pictures["The prototypes, through the VAE alone."] = Image.open(judged.dataset.folder / "prototypes.png")
+        file = judged.dataset.folder / "prototypes.png"
+        with suppress(InputError):  # it may be missing, cut off, or huge
+            pictures["The prototypes, through the VAE alone."] = read_image(file, str(file))
     features: Features | None = None
     if network is not None:
         real, real_labels = _sample(source, judged.image_size, judged.resize)
