@@ -275,6 +275,7 @@ def test_a_run_holds_what_its_accuracy_is_made_of(arms, squares, tmp_path):
     confusion = torch.tensor(run["confusion"])
     assert confusion.sum(1).tolist() == [4, 4, 4]  # the test images of each class
     assert run["accuracy"] == pytest.approx(confusion.diag().sum().item() / 12, abs=1e-6)
+    assert run["accuracies"] == (confusion.diag() / 4).tolist()
     assert [step for step, _ in run["losses"]] == [1, 2, 3, 4]
 
 
@@ -391,7 +392,7 @@ def runs_of(distilled, random, labels="hard"):
     pairs = {"distilled": distilled, "random": random}
     return [
         {"student": "convnet", "labels": labels, "arm": arm, "seed": seed, "accuracy": accuracy}
-        | {"confusion": [[1, 0, 0], [0, 2, 1], [0, 0, 3]], "losses": [[1, 1.0]]}
+        | {"accuracies": [1.0, 0.5, 1.0], "confusion": [[1, 0, 0], [0, 1, 1], [0, 0, 3]], "losses": [[1, 1.0]]}
         for arm, accuracies in pairs.items()
         for seed, accuracy in enumerate(accuracies)
     ]

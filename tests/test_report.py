@@ -11,12 +11,19 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.text import Text
 from PIL import Image
 
 from d4m_plugin.evaluation.evaluate import evaluate
 from d4m_plugin.evaluation.figures import MOST_POINTS, _spread
 from d4m_plugin.evaluation.report import write_report
 from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
+from d4m_plugin.lettering import font_for
+from d4m_plugin.preview import grid
 
 FIGURES = {"accuracy.png", "classes.png", "confusion.png", "losses.png", "tsne.png"}
 VOID = {"meta", "img", "br", "link", "input"}
@@ -32,7 +39,8 @@ def results_of(classes, seeds=2):
             "seed": seed,
             "lr": 1e-3,
             "accuracy": 0.5 + 0.02 * seed * place + 0.1 * (labels == "hard"),
-            "confusion": (torch.eye(len(classes)).long() * 3 + 1).tolist(),
+            "accuracies": [0.5 + 0.01 * (label % 40) for label in range(len(classes))],
+            "confusion": (torch.eye(len(classes)).long() * 3 + 1).tolist() if len(classes) <= 100 else None,
             "losses": [[1, 2.0], [2, 1.0 + place]],
             "seconds": 1.0,
         }
@@ -143,13 +151,92 @@ def test_a_class_name_is_text_and_never_code(tmp_path):
     assert parsed.open == []
 
 
-def test_one_seed_and_many_classes_leave_out_what_cannot_be_shown(tmp_path):
-    text = write_report(results_of([f"class {n}" for n in range(40)], seeds=1), tmp_path, {}).read_text()
+def test_one_seed_has_no_spread(tmp_path):
+    text = write_report(results_of(("cat", "dog"), seeds=1), tmp_path, {}).read_text()
     assert "with one seed, which tells nothing" in text
     assert "Accuracy of each arm, with one seed." in text
     assert "one standard deviation" not in text
-    assert not (tmp_path / "confusion.png").exists()
-    assert (tmp_path / "accuracy.png").exists()
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """What is written in each figure, by its file."""
+    written, savefig = {}, Figure.savefig
+
+    def spy(figure, path, **options):
+        savefig(figure, path, **options)
+        written[path.name] = list(dict.fromkeys(text.get_text() for text in figure.findobj(Text)))
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return written
+
+
+@pytest.mark.parametrize("count", [100, 1000])
+def test_of_many_classes_the_extremes_and_the_most_confused_are_shown(tmp_path, texts, count):
+    names = [f"name {n}" for n in range(count)]
+    results = results_of(names)
+    for run in results["runs"]:
+        run["accuracies"] = [(7 * n % count) / count for n in range(count)]  # name n is at place 7n
+        run["accuracies"][1] = None  # of which there is no test image
+        if count == 100:
+            run["confusion"] = (torch.eye(count).long() * 3).tolist()
+            run["confusion"][2][5] = 4
+    text = write_report(results, tmp_path, {}).read_text()
+    named = [text for text in texts["classes.png"] if text.startswith("name ")]
+    places = sorted(range(count), key=lambda n: 7 * n % count)
+    places.remove(1)
+    assert named == [f"name {n}" for n in places[:10] + places[-10:]]
+    assert f"Accuracies of all {count:,} classes" in text
+    if count == 100:
+        assert next(text for text in texts["confusion.png"] if "name" in text) == "name 2 → name 5"
+    else:
+        assert "confusion.png" not in texts
+    for figure in texts:
+        assert max(Image.open(tmp_path / figure).size) < 2000
+
+
+def test_of_many_classes_some_are_drawn_among_the_points(tmp_path, texts):
+    labels = torch.arange(400) % 200
+    features = (torch.rand(400, 4), labels, torch.rand(400, 4), labels)
+    text = write_report(results_of([f"name {n}" for n in range(200)]), tmp_path, {}, features).read_text()
+    named = [text for text in texts["tsne.png"] if text.startswith("name ")]
+    assert (len(named), named[0], named[-1]) == (20, "name 0", "name 199")
+    assert "20 of the 200 classes" in text
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_that_no_font_can_write_is_a_number(tmp_path, features, texts):
+    write_report(results_of(("\U0010fffd", "собака")), tmp_path, {}, features)
+    for figure in ("classes.png", "confusion.png", "tsne.png"):
+        assert {"class 0", "собака"} <= {*texts[figure]}, figure
+    row = torch.zeros(1, 3, 32, 32)
+    assert grid([row], ["\U0010fffd"]).tobytes() == grid([row], ["row 1"]).tobytes()
+
+
+def test_a_font_that_has_the_letters_is_found(tmp_path, monkeypatch):
+    """Of a font made here, as no machine's fonts are another's."""
+    outline = TTGlyphPen(None)
+    for move, *point in (("moveTo", (0, 0)), ("lineTo", (0, 500)), ("lineTo", (500, 0))):
+        getattr(outline, move)(*point)
+    outline.closePath()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "cat"])
+    font.setupCharacterMap({ord("猫"): "cat"})
+    font.setupGlyf(dict.fromkeys([".notdef", "cat"], outline.glyph()))
+    font.setupHorizontalMetrics(dict.fromkeys([".notdef", "cat"], (600, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Noto Sans Toy", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "toy.ttf")
+    monkeypatch.setattr(fontManager, "ttflist", [*fontManager.ttflist])
+    fontManager.addfont(tmp_path / "toy.ttf")
+    font_for.cache_clear()
+    try:
+        assert font_for("猫").fname == str(tmp_path / "toy.ttf")
+        assert font_for("cat").name == "DejaVu Sans"
+    finally:
+        font_for.cache_clear()
 
 
 def test_a_name_with_dollars_is_no_formula(tmp_path, features):

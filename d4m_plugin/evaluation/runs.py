@@ -153,7 +153,7 @@ class Trainings:
             self._done = {row["key"]: row for row in map(json.loads, lines)}
 
     def run(self, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Return what each training gave: arm, labels, student, seed, lr, accuracy and more.
+        """Return what each training gave: arm, labels, student, seed, lr, accuracy, accuracies by class and more.
 
         The accuracy of a training that diverged, whose loss or weights are no numbers any more, is None.
 
@@ -233,16 +233,21 @@ class Trainings:
         trainer.fit(student, datamodule=data)
         weights = student.state_dict().values()
         if curve.points[-1][1] is None or not all(bool(each.isfinite().all()) for each in weights):
-            return {"accuracy": None, "confusion": None, "losses": curve.points}
+            return {"accuracy": None, "accuracies": None, "confusion": None, "losses": curve.points}
         if run.choosing:
             named, labels = self._named_of_the_slice(student, data)
         else:
             named = torch.cat(trainer.predict(student, datamodule=data))  # type: ignore[arg-type]  # typed for any output
             labels = torch.as_tensor(self.arms.source.test().targets)
-        confusion = (labels * data.num_classes + named).bincount(minlength=data.num_classes**2)
+        classes = data.num_classes
+        there, right = labels.bincount(minlength=classes), labels[named == labels].bincount(minlength=classes)
+        confusion = (labels * classes + named).bincount(minlength=classes**2)
         return {
-            "accuracy": int((named == labels).sum()) / len(labels),
-            "confusion": confusion.view(data.num_classes, -1).tolist() if data.num_classes <= MOST_CLASSES else None,
+            "accuracy": int(right.sum()) / len(labels),
+            "accuracies": [
+                round(n / of, 4) if of else None for n, of in zip(right.tolist(), there.tolist(), strict=True)
+            ],
+            "confusion": confusion.view(classes, -1).tolist() if classes <= MOST_CLASSES else None,
             "losses": curve.points,
         }
 
