@@ -99,8 +99,8 @@ RESULTS = """
 
 {verdicts}
 
-| student | labels | trained on | accuracy on the real test images, % |
-|---|---|---|---|
+| student | labels | trained on | images | accuracy on the real test images, % |
+|---|---|---|---|---|
 {rows}
 
 {seeds} seeds, mean ± standard deviation; {steps} steps of {batch_size} images; teacher: {teacher}. Measured by
@@ -254,8 +254,7 @@ def _set(config: str, metadata: dict[str, Any]) -> str:
 
 def _results(config: str, results: dict[str, Any]) -> str:
     rows = [
-        f"| {_plain(row['student'])} | {_plain(row['labels'])} | {row['images']:,} {_plain(row['arm'])} "
-        f"| {percent(row['mean'], row['std'])} |"
+        f"| {' | '.join([*(_plain(row[part]) for part in ('student', 'labels', 'arm')), amount(row), accuracy(row)])} |"
         for row in results["table"]
     ]
     verdicts = "\n".join(f"- {_plain(sentence)}" for sentence in results["verdicts"])
@@ -263,9 +262,19 @@ def _results(config: str, results: dict[str, Any]) -> str:
     return RESULTS.format_map(protocol | {"config": config, "verdicts": verdicts, "rows": "\n".join(rows)})
 
 
-def percent(mean: float, deviation: float | None) -> str:
-    """Return shares as a percentage and, where there is one, its standard deviation: 54.9 ± 0.9."""
-    return f"{100 * mean:.1f}" if deviation is None else f"{100 * mean:.1f} ± {100 * deviation:.1f}"
+def amount(row: dict[str, Any]) -> str:
+    """Return how many images an arm has and, where it is counted, in how many bytes: 100 in 61,234 bytes."""
+    return f"{row['images']:,}" + ("" if row["bytes"] is None else f" in {row['bytes']:,} bytes")
+
+
+def accuracy(row: dict[str, Any]) -> str:
+    """Return an accuracy in percent and, where there is one, its standard deviation: 54.9 ± 0.9; what diverged, too."""
+    parts = []
+    if row["mean"] is not None:
+        parts.append(f"{100 * row['mean']:.1f}" + ("" if row["std"] is None else f" ± {100 * row['std']:.1f}"))
+    if row["diverged"]:
+        parts.append(f"diverged: seed {', '.join(map(str, row['diverged']))}")
+    return "; ".join(parts)
 
 
 def _command(metadata: dict[str, Any]) -> str:

@@ -308,7 +308,7 @@ def write_parquet(folder: Path, classes: list[str], blocks: Iterable[dict[str, T
     written: list[Path] = []
     for block in blocks:
         columns: dict[str, list[Any]] = {name: column.tolist() for name, column in block.items() if name != "image"}
-        columns["image"] = [{"bytes": _png(image), "path": None} for image in block["image"]]
+        columns["image"] = [{"bytes": png(image), "path": None} for image in block["image"]]
         table = pa.table(columns, schema=schema)
         if writer is None or table.nbytes > room:
             if writer:
@@ -323,7 +323,8 @@ def write_parquet(folder: Path, classes: list[str], blocks: Iterable[dict[str, T
         path.replace(folder / f"train-{number:05d}-of-{len(written):05d}.parquet")
 
 
-def _png(image: Tensor) -> bytes:
+def png(image: Tensor) -> bytes:
+    """Return an image, uint8, shape (3, H, W), encoded without loss."""
     file = io.BytesIO()
     to_pil(image).save(file, "PNG")
     return file.getvalue()

@@ -55,8 +55,10 @@ class ResultRow(TypedDict):
     labels: str
     arm: str
     images: int
-    mean: float
+    bytes: int | None
+    mean: float | None
     std: float | None
+    diverged: list[int]
 
 
 class ResultsProtocol(TypedDict):

@@ -4,6 +4,7 @@ import hashlib
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
@@ -141,7 +142,7 @@ class WithoutBadImages(Source):
         return hashlib.sha256(f"{fingerprint}{skipped}".encode()).hexdigest() if skipped else fingerprint
 
     @cached_property
-    def _train(self) -> tuple[LabelledImages, list[str]]:
+    def _train(self) -> tuple[Chosen, list[str]]:
         return self._without_bad(self.source.train(), self.source.fingerprint)
 
     @cached_property
@@ -162,7 +163,12 @@ class WithoutBadImages(Source):
         """Return the test images that can be read."""
         return self._test
 
-    def _without_bad(self, images: LabelledImages, fingerprint: str) -> tuple[LabelledImages, list[str]]:
+    def stored_bytes(self) -> np.ndarray:
+        """Return how many bytes each training image that can be read takes."""
+        stored: np.ndarray = np.asarray(self.source.stored_bytes())[self._train[0].indices]
+        return stored
+
+    def _without_bad(self, images: LabelledImages, fingerprint: str) -> tuple[Chosen, list[str]]:
         bad, _ = find_bad(images, fingerprint, self.cache, self.num_workers)
         good = torch.ones(len(images), dtype=torch.bool)
         good[list(bad)] = False

@@ -3,20 +3,26 @@
 import csv
 import json
 import math
+import struct
+import zlib
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from d4m_plugin import D4MDataModule, Digits, DistilledDataset, InputError, Recipe, distill
+from d4m_plugin.card import accuracy
 from d4m_plugin.diffusion import LatentDiffusion
+from d4m_plugin.distillation import synthesise
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.evaluation.arms import Arms
 from d4m_plugin.evaluation.compare import compare
-from d4m_plugin.evaluation.evaluate import evaluate, steps_of
+from d4m_plugin.evaluation.evaluate import evaluate, results_of, steps_of
 from d4m_plugin.evaluation.runs import Protocol, Trainings
 from d4m_plugin.evaluation.sets import open_set, ours
 from d4m_plugin.evaluation.sweep import setting_row, sweep
@@ -55,6 +61,61 @@ def test_all_real_images_are_an_arm(arms, squares):
     assert len(arms.images("real", 0)) == len(squares.train())
 
 
+class Weighed(Squares):
+    """Each image takes its number of bytes, and more."""
+
+    def stored_bytes(self):
+        return [100 + 30 * number for number in range(len(self.train()))]
+
+
+@pytest.fixture
+def weighed(arms, monkeypatch):
+    """Arms within 1,000 bytes of 18 images of 355 bytes on average."""
+    monkeypatch.setattr(Arms, "bytes", 1000)
+    return Arms(arms.judged, Weighed(6), left_out=torch.tensor([0, 17]))
+
+
+def test_as_many_random_images_fit_as_the_bytes_of_the_set_hold(weighed):
+    drawn = [weighed._within_bytes(seed) for seed in range(20)]
+    kept = np.array(weighed.source.stored_bytes())[1:17]  # two are left out
+    for chosen in drawn:
+        taken, counts = kept[chosen.indices].sum(), np.bincount(chosen.targets, minlength=3)
+        others = np.setdiff1d(np.arange(16), chosen.indices)
+        assert taken <= 1000 < taken + kept[others].max()
+        assert counts.max() - counts.min() <= 1
+    assert len({tuple(chosen.indices) for chosen in drawn}) > 10
+    assert np.array_equal(drawn[3].indices, weighed._within_bytes(3).indices)
+    assert {int(chosen.targets[-1]) for chosen in drawn} == {0, 1, 2}  # no class is always the last served
+    images = [len(chosen) for chosen in drawn]
+    assert weighed.amount("equal_bytes", 20)["images"] == round(sum(images) / 20)
+    assert len(weighed.images("equal_bytes", 0)) == images[0]
+
+
+def test_where_all_real_images_fit_they_are_all_taken_and_one_too_large_is_none(weighed, monkeypatch):
+    monkeypatch.setattr(Arms, "bytes", 10**6)
+    assert len(weighed.images("equal_bytes", 0)) == 16
+    huge = [10**7, *[100] * 17]
+    monkeypatch.setattr(Weighed, "stored_bytes", lambda self: huge)
+    assert len(Arms(weighed.judged, Weighed(6)).images("equal_bytes", 0)) == 17
+
+
+def test_the_bytes_of_a_set_are_those_of_its_files(arms, squares, tmp_path):
+    (file,) = (tmp_path / "set").glob("ipc-4/*.parquet")
+    assert arms.bytes == file.stat().st_size
+    torch.save((torch.zeros(3, 3, 16, 16), torch.arange(3)), tmp_path / "set.pt")
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    others = Arms(open_set(str(tmp_path / "set.pt"), squares), squares)
+    assert others.bytes == 3 * (tmp_path / "black.png").stat().st_size
+
+
+def test_equal_bytes_that_cannot_be_had_are_said_before_any_training(arms, monkeypatch):
+    with pytest.raises(InputError, match="squares does not tell how many bytes its images take; leave it out, or give"):
+        arms.check(("equal_bytes",))
+    monkeypatch.setattr(Arms, "bytes", 99)
+    with pytest.raises(InputError, match=r"the 99 bytes of the distilled set hold not one of .*, the smallest .* 100;"):
+        Arms(arms.judged, Weighed(6)).check(("equal_bytes",))
+
+
 def test_the_nearest_arm_takes_each_prototypes_nearest_images_once(arms, squares):
     train, model = squares.train(), arms.model
     latents = model.encode(pixels_of(train)).flatten(1)
@@ -91,6 +152,59 @@ def test_reconstructed_images_are_the_random_ones_through_the_vae(arms, squares)
     difference = pixels_of(arms.images("reconstructed", 3)).int() - model.decode(model.encode(chosen)).int()
     assert difference.abs().max() <= 1  # of half precision in other batches
     assert not torch.equal(pixels_of(arms.images("random", 0)), pixels_of(arms.images("random", 1)))
+
+
+MADE = ("nearest", "decoded", "generated", "reconstructed")
+
+
+def keeping(arms, folder):
+    return Arms(arms.judged, arms.source, arms.diffusion, kept=folder)
+
+
+def test_what_a_model_makes_is_kept_for_the_next_command(arms, tmp_path, monkeypatch):
+    first = [pixels_of(keeping(arms, tmp_path / "kept").images(arm, 3)) for arm in MADE]
+    other_draw = pixels_of(keeping(arms, tmp_path / "kept").images("reconstructed", 4))
+    monkeypatch.setattr("d4m_plugin.evaluation.arms.open_model", lambda _: pytest.fail("a model was opened"))
+    again = [keeping(arms, tmp_path / "kept").images(arm, 3) for arm in MADE]
+    assert all(torch.equal(pixels_of(new), old) for new, old in zip(again, first, strict=True))
+    assert all(torch.as_tensor(new.targets).bincount().tolist() == [4, 4, 4] for new in again)
+    assert not torch.equal(first[-1], other_draw)
+    assert torch.equal(pixels_of(keeping(arms, tmp_path / "kept").images("reconstructed", 4)), other_draw)
+
+
+def test_images_that_were_kept_of_other_real_images_are_not_taken(arms, tmp_path):
+    keeping(arms, tmp_path / "kept").images("nearest", 0)
+    without = Arms(arms.judged, arms.source, arms.diffusion, torch.arange(3), tmp_path / "kept")
+    without.images("nearest", 0)
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors", None])
+def test_a_damaged_file_of_kept_images_is_made_again(arms, tmp_path, damage):
+    first = pixels_of(keeping(arms, tmp_path / "kept").images("decoded", 0))
+    (file,) = (tmp_path / "kept").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] if damage is None else damage)
+    assert torch.equal(pixels_of(keeping(arms, tmp_path / "kept").images("decoded", 0)), first)
+    assert file.read_bytes() == whole
+
+
+def test_generating_goes_on_where_it_was_killed(arms, tmp_path, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.evaluation.arms.BLOCK", 5)
+    whole, blocks = pixels_of(arms.images("generated", 0)), []
+
+    def killed(block, *others):
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+        blocks.append(block)
+        return synthesise(block, *others)
+
+    monkeypatch.setattr("d4m_plugin.evaluation.arms.synthesise", killed)
+    with pytest.raises(KeyboardInterrupt):
+        keeping(arms, tmp_path / "kept").images("generated", 0)
+    blocks.clear()
+    assert torch.equal(pixels_of(keeping(arms, tmp_path / "kept").images("generated", 0)), whole)
+    assert [len(block) for block in blocks] == [2]
 
 
 def test_a_set_of_other_classes_is_refused(arms):
@@ -162,6 +276,7 @@ def test_a_run_holds_what_its_accuracy_is_made_of(arms, squares, tmp_path):
     confusion = torch.tensor(run["confusion"])
     assert confusion.sum(1).tolist() == [4, 4, 4]  # the test images of each class
     assert run["accuracy"] == pytest.approx(confusion.diag().sum().item() / 12, abs=1e-6)
+    assert run["accuracies"] == (confusion.diag() / 4).tolist()
     assert [step for step, _ in run["losses"]] == [1, 2, 3, 4]
 
 
@@ -243,6 +358,26 @@ def test_hard_labels_need_no_teacher(arms, squares, tmp_path, monkeypatch):
         evaluate(str(tmp_path / "set"), squares, labels=("hard", "teacher"), **options)
 
 
+def test_another_network_judges_the_pictures_by_its_own_name(arms, squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.teachers.SMALL_SOURCE", 0)  # there is no teacher
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where the random weights lie that torchvision has fetched
+    name = torchvision.models.get_model_weights("shufflenet_v2_x0_5").DEFAULT.url.rpartition("/")[2]
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), tmp_path / "hub" / "checkpoints" / name)
+    options = {"output": tmp_path / "report", "seeds": 1, "budget": 1, "arms": (), "labels": ("hard",)}
+    evaluate(str(tmp_path / "set"), squares, features="torchvision:shufflenet_v2_x0_5", **options)
+    told = json.loads((tmp_path / "report" / "results.json").read_text())["pictures"]
+    assert (told["network"], told["agreement"]) == ("torchvision:shufflenet_v2_x0_5", None)
+    assert told["frechet_distance"] > 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "What the features of torchvision:shufflenet_v2_x0_5 say of the pictures" in page
+    assert "Named as their label" not in page
+    with pytest.raises(InputError, match="`features` is 'resnet18'; use teacher, inception or torchvision:NAME"):
+        evaluate(str(tmp_path / "set"), squares, features="resnet18", **options)
+    with pytest.raises(InputError, match="`features` is 'torchvision:resnet19', which cannot be loaded"):
+        evaluate(str(tmp_path / "set"), squares, features="torchvision:resnet19", **options)
+
+
 def test_a_set_that_cannot_be_written_is_judged_all_the_same(arms, squares, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
@@ -255,16 +390,36 @@ def test_a_set_that_cannot_be_written_is_judged_all_the_same(arms, squares, tmp_
     assert rows["report"].is_file()
 
 
+@pytest.mark.parametrize("damage", ["none", "missing", "cut off", "huge", "no picture"])
+def test_a_picture_of_the_prototypes_that_cannot_be_shown_is_left_out(arms, tmp_path, damage):
+    file = tmp_path / "set" / "ipc-4" / "prototypes.png"
+    whole = file.read_bytes()
+    edge = struct.pack(">I", 10**5)
+    header = b"IHDR" + edge + edge + whole[24:29]
+    file.unlink()
+    if damage != "missing":
+        huge = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+        file.write_bytes(
+            {"none": whole, "cut off": whole[: len(whole) // 2], "huge": huge, "no picture": b"GIF"}[damage]
+        )
+    results = results_of(arms, protocol(seeds=1), runs_of([0.5], [0.4]), None, tmp_path)
+    assert results["pictures"] == {}
+    page = (tmp_path / "report.html").read_text()
+    assert "The distilled images." in page
+    assert ("The prototypes, through the VAE alone." in page) == (damage == "none")
+
+
 def runs_of(distilled, random, labels="hard"):
     pairs = {"distilled": distilled, "random": random}
     return [
         {"student": "convnet", "labels": labels, "arm": arm, "seed": seed, "accuracy": accuracy}
+        | {"accuracies": [1.0, 0.5, 1.0], "confusion": [[1, 0, 0], [0, 1, 1], [0, 0, 3]], "losses": [[1, 1.0]]}
         for arm, accuracies in pairs.items()
         for seed, accuracy in enumerate(accuracies)
     ]
 
 
-COUNTS = {"distilled": 10, "random": 10, "real": 100}
+COUNTS = {arm: {"images": images, "bytes": None} for arm, images in (("distilled", 10), ("random", 10), ("real", 100))}
 
 
 def test_the_interval_is_that_of_the_paired_t_test():
@@ -307,6 +462,44 @@ def test_the_unfavourable_verdict_comes_first():
     assert ["worse" in sentence for sentence in sentences(table_of(good + bad, COUNTS, 1000))] == [True, False]
 
 
+def test_what_diverged_is_named_and_not_compared():
+    fine, lost = runs_of([0.5, 0.6, 0.5], [0.4, 0.5, 0.4], "teacher"), runs_of([0.5, None, 0.5], [None, 0.5, None])
+    table = table_of(fine + lost, COUNTS, 1000)
+    rows = {(row["labels"], row["arm"]): row for row in table}
+    assert (rows["hard", "distilled"]["mean"], rows["hard", "distilled"]["diverged"]) == (0.5, [1])
+    assert (rows["hard", "random"]["verdict"], rows["hard", "random"]["difference"]) == ("diverged", None)
+    assert rows["teacher", "random"]["verdict"] == "better"
+    first, second = sentences(table)
+    assert "are not compared: trainings diverged, of distilled (seed 1) and random (seed 0, 2); lower" in first
+    assert "is better" in second
+    assert accuracy(rows["hard", "distilled"]) == "50.0 ± 0.0; diverged: seed 1"
+    assert dd_ranking(table_of(lost, COUNTS, 1000), "convnet") == {}
+
+
+def test_a_diverged_training_is_said_to_be_one(arms, squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.teachers.SMALL_SOURCE", 0)
+    options = {"output": tmp_path / "report", "seeds": 2, "budget": 3, "arms": (), "labels": ("hard",)}
+    rows = evaluate(str(tmp_path / "set"), squares, learning_rates=(1e30,), **options)
+    results = json.loads((tmp_path / "report" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert [run["accuracy"] for run in results["runs"]] == [None] * 4
+    assert "diverged, of distilled (seed 0, 1) and random (seed 0, 1)" in rows["verdict 1"]
+    assert "diverged: seed 0, 1" in rows["report"].read_text()
+    assert "diverged: seed 0, 1" in (tmp_path / "set" / "README.md").read_text()
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(arms, tmp_path):
+    options = {"seeds": 1, "steps": 3, "learning_rates": (1e30, 1e-3)}
+    runs = Trainings(arms, protocol(**options), tmp_path / "runs.jsonl").run()
+    assert {run["lr"] for run in runs} == {1e-3}
+    assert None not in {run["accuracy"] for run in runs}
+
+
+def test_a_sweep_whose_training_diverges_asks_for_a_lower_rate(squares, tmp_path):
+    options = {"ipc": 2, "recipe": {"num_inference_steps": 2}, "labels": ("hard",), "seeds": 1, "budget": 3}
+    with pytest.raises(InputError, match=r"`lr` is 1e\+30, under which a training diverged \(distilled, hard labels"):
+        sweep(squares, tmp_path / "sweep", (1.0,), lr=1e30, **options)
+
+
 def test_dd_rankings_scores_are_its_formulas():
     runs = runs_of([0.45, 0.47], [0.3, 0.3]) + runs_of([0.6, 0.6], [0.5, 0.52], "teacher")
     runs += [run | {"arm": "real", "accuracy": 0.86} for run in runs_of([0.0, 0.0], [])]
@@ -319,16 +512,31 @@ def test_dd_rankings_scores_are_its_formulas():
 
 def test_an_evaluation_ends_with_a_verdict_a_report_and_results_on_the_card(tmp_path):
     distill(Digits(), Recipe(ipc=2, **CHEAP), output=tmp_path / "digits")
-    rows = evaluate(str(tmp_path / "digits"), output=tmp_path / "report", seeds=2, budget=3)
+    arms = ("equal_bytes", "real")
+    rows = evaluate(str(tmp_path / "digits"), output=tmp_path / "report", seeds=2, budget=3, arms=arms)
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert list(rows.values())[:-1] == list(results["verdicts"])
     assert {(row["labels"], row["arm"]) for row in results["table"]} == {
-        (labels, arm) for labels in ("teacher", "hard") for arm in ("distilled", "random", "real")
+        (labels, arm) for labels in ("teacher", "hard") for arm in ("distilled", "random", "equal_bytes", "real")
     }
+    (file,) = (tmp_path / "digits").glob("ipc-2/*.parquet")
+    taken, held = file.stat().st_size, file.stat().st_size // 64  # the digits are 8 by 8 bytes
+    assert 20 < held < 1297
+    amounts = {row["arm"]: (row["images"], row["bytes"]) for row in results["table"]}
+    assert amounts == {
+        "distilled": (20, taken),
+        "random": (20, None),
+        "equal_bytes": (held, 64 * held),
+        "real": (1297, None),
+    }
+    assert results["set"]["bytes"] == taken
+    assert f"random real images in as many bytes ({held:,} of them)" in " ".join(results["verdicts"])
+    assert f"{held:,} in {64 * held:,} bytes" in rows["report"].read_text()
     assert 0 < results["pictures"]["agreement"] <= 1
     assert rows["report"].read_text().count("data:image/png") >= 4
     card = (tmp_path / "digits" / "README.md").read_text()
     assert next(iter(results["verdicts"])) in card
+    assert f"| equal_bytes | {held:,} in {64 * held:,} bytes |" in card
     assert DistilledDataset(tmp_path / "digits").metadata["results"]["verdicts"] == results["verdicts"]
 
 

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from d4m_plugin import D4MDataModule, ImageClassifier, ImageFolder, InputError, Recipe, distill
+from d4m_plugin.screening import readable_source
 
 
 @pytest.fixture
@@ -48,6 +49,12 @@ def test_bad_files_can_be_left_out_and_are_recorded(folder, random_pipeline):
     assert len(skipped) == 3
     assert all(name in line for name, line in zip(("03.jpg", "04.jpg", "05.jpg"), skipped, strict=True))
     assert made.metadata["source"]["classes"] == ["cat", "dog"]
+
+
+def test_the_bytes_told_are_those_of_the_images_that_are_left(folder, tmp_path):
+    sizes = [path.stat().st_size for path in sorted((folder / "train").rglob("*.jpg"))]
+    source = readable_source(ImageFolder(folder), True, tmp_path / "cache", 0)
+    assert list(source.stored_bytes()) == [size for n, size in enumerate(sizes) if n not in (3, 14, 15)]
 
 
 def test_images_are_read_once_and_what_was_mended_is_found_mended(folder, random_pipeline):

@@ -6,7 +6,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from d4m_plugin import CIFAR10, CIFAR100, HuggingFace, ImageFolder, ImageNet, InputError, TinyImageNet
+from d4m_plugin import CIFAR10, CIFAR100, Digits, HuggingFace, ImageFolder, ImageNet, InputError, TinyImageNet
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.sources.names import imagenet_ids, readable, wordnet
 
@@ -141,6 +141,19 @@ def test_other_images_have_another_fingerprint(tmp_path):
     assert ImageFolder(tmp_path).fingerprint != before
 
 
+def test_the_bytes_of_an_image_are_those_of_its_file(tmp_path):
+    make_folder(tmp_path, 2, train=["a", "b"], val=["a", "b"])
+    Image.effect_noise((20, 10), 90).save(tmp_path / "train" / "b" / "0.png")
+    sizes = [(tmp_path / "train" / name).stat().st_size for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png")]
+    assert sizes[2] > sizes[3]
+    assert list(ImageFolder(tmp_path).stored_bytes()) == sizes
+
+
+def test_the_bytes_of_an_image_in_an_array_are_its_share():
+    assert set(Digits().stored_bytes()) == {64}
+    assert len(Digits().stored_bytes()) == len(Digits().train())
+
+
 def test_wordnet_ids_become_words():
     assert readable("n01443537") == "goldfish"
     assert readable("n01443537", "all") == "goldfish, Carassius auratus"
@@ -207,6 +220,7 @@ def test_cifar_100_takes_names_and_order_from_its_own_files(tmp_path, monkeypatc
     source = CIFAR100(tmp_path)
     assert list(source.classes) == ["apple", "aquarium fish"]
     assert [source.train()[0][1], source.test()[1][1]] == [1, 0]
+    assert source.stored_bytes() == [3072, 3072]
 
 
 def test_sources_can_be_sent_to_other_processes(tmp_path):
@@ -315,6 +329,18 @@ class TestHuggingFace:
         before = source.fingerprint
         Image.new("RGB", (20, 11)).save(tmp_path / "train" / "a" / "0.png")
         assert HuggingFace(tmp_path).fingerprint != before
+
+    def test_the_bytes_of_an_image_are_the_encoded_ones(self, tmp_path):
+        folder = make_folder(tmp_path / "folder", 2, train=["a", "b"], test=["a", "b"])
+        Image.effect_noise((20, 10), 90).save(folder / "train" / "b" / "0.png")
+        assert HuggingFace(folder).stored_bytes() == ImageFolder(folder).stored_bytes()
+
+        self.write(tmp_path / "train.parquet", [0, None, 1, 0, 1])
+        source = HuggingFace(tmp_path / "train.parquet", test_share=0.5)
+        rows = source.train().rows
+        encoded = [rows[int(row)]["image"]["bytes"] for row in source.train().indices]
+        assert source.stored_bytes() == [len(each) for each in encoded]
+        assert len(encoded) == len(source.train()) == 2
 
     def test_other_labels_have_another_fingerprint(self, tmp_path):
         for name, labels in (("a", [0, 1, 0, 1]), ("b", [1, 0, 1, 0])):

@@ -1,17 +1,22 @@
 """What students are trained on: the distilled images, and what they have to beat with as many."""
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
-from typing import Literal, get_args
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from d4m_plugin.diffusion import LatentDiffusion, model_digest
+from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
 from d4m_plugin.distillation import BLOCK, open_model, synthesise
-from d4m_plugin.distilled import read_prototypes
+from d4m_plugin.distilled import png, read_prototypes, shards
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.sets import JudgedSet, Squares
@@ -19,11 +24,13 @@ from d4m_plugin.hub import find_repository
 from d4m_plugin.preview import to_pil
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
+from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import LabelledImages, Source
-from d4m_plugin.sources.images import Resize, to_pixels
+from d4m_plugin.sources.images import Resize, squares_of, to_pixels
 from d4m_plugin.subsets import Chosen, at_most
+from d4m_plugin.units import DamagedError, load_tensors, save_tensors
 
-Arm = Literal["distilled", "random", "nearest", "decoded", "generated", "reconstructed", "real"]
+Arm = Literal["distilled", "random", "equal_bytes", "nearest", "decoded", "generated", "reconstructed", "real"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 NEEDED: dict[str, set[Arm]] = {  # of Arms, by which arms
     "recipe": {"nearest", "decoded", "generated", "reconstructed"},
@@ -32,24 +39,31 @@ NEEDED: dict[str, set[Arm]] = {  # of Arms, by which arms
 
 
 class Arms:
-    """The images of each arm, as many of each class as the distilled set has, but for `real`.
+    """The images of each arm, as many of each class as the distilled set has, but for `equal_bytes` and `real`.
 
-    `distilled`: the set. `random`: real training images, drawn anew for each seed. `nearest`: to each prototype, the
-    real images whose latents are nearest. `decoded`: the prototypes through the VAE alone. `generated`: by the same
-    model and prompts from noise alone, without prototypes. `reconstructed`: those of `random` through the VAE and back,
-    which is what the VAE costs. `real`: all real training images. All are squares of the set's size.
+    `distilled`: the set. `random`: real training images, drawn anew for each seed. `equal_bytes`: as many of those as
+    the set's bytes hold, each as it lies on disk, of each class in turn. `nearest`: to each prototype, the real images
+    whose latents are nearest. `decoded`: the prototypes through the VAE alone. `generated`: by the same model and
+    prompts from noise alone, without prototypes. `reconstructed`: those of `random` through the VAE and back, which is
+    what the VAE costs. `real`: all real training images. All are squares of the set's size.
 
     Args:
         judged: the distilled set.
         source: the real images that it was distilled from.
         diffusion: where the model lies, where the set's record names a folder.
         left_out: of the training images, those that no arm may use, int64.
+        kept: a folder where images that a model makes are kept: no later training, or command, makes them again.
     """
 
     def __init__(
-        self, judged: JudgedSet, source: Source, diffusion: str | None = None, left_out: Tensor | None = None
+        self,
+        judged: JudgedSet,
+        source: Source,
+        diffusion: str | None = None,
+        left_out: Tensor | None = None,
+        kept: Path | None = None,
     ) -> None:
-        self.judged, self.source, self.diffusion, self.left_out = judged, source, diffusion, left_out
+        self.judged, self.source, self.diffusion, self.left_out, self.kept = judged, source, diffusion, left_out, kept
 
     @cached_property
     def train(self) -> LabelledImages:
@@ -64,7 +78,7 @@ class Arms:
 
         Raises:
             InputError: where a class has fewer real images than the set, the set is not one of ours, its model is not
-                the one it was made by, or it has no prototypes.
+                the one it was made by, it has no prototypes, or the source does not tell what its images take on disk.
         """
         there = np.bincount(np.asarray(self.train.targets), minlength=len(self.source.classes)).tolist()
         for name, wanted, count in zip(self.source.classes, self.judged.counts, there, strict=True):
@@ -76,26 +90,78 @@ class Arms:
         for part, needed_by in NEEDED.items():
             if not needed_by.isdisjoint(arms):
                 getattr(self, part)
+        if "equal_bytes" in arms and not len(self._fitting):
+            raise InputError(
+                f"`arms` has 'equal_bytes', but the {self.bytes:,} bytes of the distilled set hold not one of the real "
+                f"images, the smallest of which takes {self._stored.min():,}; leave it out."
+            )
 
     def images(self, arm: Arm, seed: int) -> LabelledImages:
-        """Return the images of an arm; those of `random` and `reconstructed` depend on the seed."""
-        made: LabelledImages
+        """Return the images of an arm; those of `random`, `equal_bytes` and `reconstructed` depend on the seed."""
         if arm == "distilled":
-            made = self.judged.squares
-        elif arm == "random":
-            made = self._squared(self._random(seed))
-        elif arm == "nearest":
-            made = self._squared(self._nearest())
+            return self.judged.squares
+        if arm in NEEDED["recipe"]:
+            return Squares(self._made(arm, seed), self._labels())
+        if arm == "real":
+            return self._squared(self.train)
+        return self._squared(self._random(seed) if arm == "random" else self._within_bytes(seed))
+
+    def _made(self, arm: Arm, seed: int) -> Tensor:
+        """Return what a model makes or finds, uint8, shape (N, 3, H, H), class by class."""
+        if arm == "nearest":
+            pixels = self._kept(arm, self._nearest)
         elif arm == "decoded":
-            made = self._decoded()
+            pixels = self._kept(arm, self._decoded)
         elif arm == "generated":
-            made = self._generated()
-        elif arm == "reconstructed":
-            made = self._reconstructed(seed)
+            blocks = math.ceil(len(self._labels()) / BLOCK)
+            parts = [self._kept(f"{arm}-{number}", partial(self._generated, number)) for number in range(blocks)]
+            pixels = torch.cat(parts)
         else:
-            made = self._squared(self.train)
+            pixels = self._kept(f"{arm}-{seed}", partial(self._reconstructed, seed))
         vars(self).pop("model", None)  # its memory is the student's now
-        return made
+        return pixels
+
+    def _kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return what is kept under a name and all that decides it; made where it is not there, or damaged."""
+        if self.kept is None:
+            return make()
+        assert self.judged.dataset is not None  # or there were no model
+        judged, metadata = self.judged, self.judged.dataset.metadata
+        decides = [judged.fingerprint, judged.image_size, judged.resize, metadata["recipe"], metadata["model"]]
+        decides += [self.source.fingerprint, None if self.left_out is None else self.left_out.tolist()]
+        file = self.kept / f"{name}-{digest([json.dumps(decides, sort_keys=True)])[:12]}.safetensors"
+        with suppress(FileNotFoundError, DamagedError):
+            return load_tensors(file)["image"]
+        pixels = make()
+        self.kept.mkdir(exist_ok=True)
+        save_tensors(file, {"image": pixels.contiguous()})
+        return pixels
+
+    @cached_property
+    def bytes(self) -> int:
+        """What the distilled set takes on disk, with labels and all; of another method's images, as PNG."""
+        dataset = self.judged.dataset
+        if dataset is None:
+            return sum(len(png(image)) for image in self.judged.squares.pixels)
+        return sum(path.stat().st_size for path in shards(dataset.folder))
+
+    def amount(self, arm: Arm, seeds: int) -> dict[str, int | None]:
+        """Return how many `images` an arm has and, where that is counted, `bytes`: of unlike draws, the means."""
+        if arm == "equal_bytes":
+            drawn = [self._within_bytes(seed) for seed in range(seeds)]
+            taken = [int(self._stored[chosen.indices].sum()) for chosen in drawn]
+            return {"images": round(statistics.mean(map(len, drawn))), "bytes": round(statistics.mean(taken))}
+        if arm == "real":
+            return {"images": len(self.train), "bytes": None}
+        return {"images": len(self.judged.squares), "bytes": self.bytes if arm == "distilled" else None}
+
+    def decided_by(self, arm: Arm) -> Any:
+        """Return what of the set an arm depends on, as JSON can hold it: arms that have it alike are alike."""
+        if arm == "random":
+            return self.judged.counts
+        if arm == "equal_bytes":
+            return self.bytes
+        return None if arm == "real" else self.judged.fingerprint
 
     @cached_property
     def recipe(self) -> ResolvedRecipe:
@@ -139,31 +205,50 @@ class Arms:
     def _random(self, seed: int) -> Chosen:
         return at_most(self.train, self.judged.counts, seed)
 
+    @cached_property
+    def _stored(self) -> np.ndarray:
+        """Bytes of each of the real training images on disk."""
+        stored = np.asarray(self.source.stored_bytes())
+        return stored if self.left_out is None else np.delete(stored, self.left_out.numpy())
+
+    @cached_property
+    def _fitting(self) -> np.ndarray:
+        """The real training images that take no more than the whole set."""
+        return np.flatnonzero(self._stored <= self.bytes)
+
+    def _within_bytes(self, seed: int) -> Chosen:
+        """An image of each class, and again, up to the first that does not fit; no choice is made by size."""
+        ordered = at_most(Chosen(self.train, torch.from_numpy(self._fitting)), len(self._fitting), seed)
+        indices = self._fitting[ordered.indices]
+        turns = np.concatenate([np.arange(count) for count in np.bincount(ordered.targets)])
+        indices = indices[np.lexsort((torch.rand(len(turns), generator=generator_of(seed)).numpy(), turns))]
+        fits = np.cumsum(self._stored[indices]) <= self.bytes
+        return Chosen(self.train, torch.from_numpy(indices[fits]))
+
     def _labels(self) -> list[int]:
         return [label for label, count in enumerate(self.judged.counts) for _ in range(count)]
 
-    def _decoded(self) -> Squares:
+    def _decoded(self) -> Tensor:
         """Image j of a class is prototype j mod K: where there are fewer prototypes than images, they come again."""
         order = torch.arange(self.recipe.ipc)
         starts = [found.latents[order % len(found.latents)] for found in self.prototypes]
-        return Squares(self.model.decode(torch.cat(starts), self.judged.image_size), self._labels())
+        return self.model.decode(torch.cat(starts), self.judged.image_size)
 
-    def _generated(self) -> Squares:
+    def _generated(self, number: int) -> Tensor:
+        """A block of images, since all of them are long work."""
         shape = self.model.encode(torch.zeros(1, 3, self._resolution, self._resolution, dtype=torch.uint8)).shape
         nothing = dict.fromkeys(range(len(self.source.classes)), Prototypes(torch.zeros(shape), torch.ones(1)))
         recipe = Recipe(**(vars(self.recipe) | {"strength": 1.0})).resolved(self.source)
         prompts = recipe.prompts(self.source.classes)
         wanted = [(label, index) for label in range(len(self.source.classes)) for index in range(recipe.ipc)]
-        blocks = [wanted[start : start + BLOCK] for start in range(0, len(wanted), BLOCK)]
-        made = [synthesise(block, nothing, prompts, recipe, self.model)["image"] for block in blocks]
-        return Squares(torch.cat(made), self._labels())
+        block = wanted[number * BLOCK : (number + 1) * BLOCK]
+        return synthesise(block, nothing, prompts, recipe, self.model)["image"]
 
-    def _reconstructed(self, seed: int) -> Squares:
+    def _reconstructed(self, seed: int) -> Tensor:
         latents = list(self._latents_of(self._random(seed)))
-        pixels = self.model.decode(torch.cat([of_class for _, of_class in latents]), self.judged.image_size)
-        return Squares(pixels, self._labels())
+        return self.model.decode(torch.cat([of_class for _, of_class in latents]), self.judged.image_size)
 
-    def _nearest(self) -> Chosen:
+    def _nearest(self) -> Tensor:
         """Each prototype in turn takes the nearest image that none before it has."""
         targets = torch.as_tensor(self.train.targets)
         chosen = []
@@ -176,7 +261,8 @@ class Arms:
                 of_prototype[mine] = torch.inf
                 mine.append(int(of_prototype.argmin()))
             chosen.append((targets == label).nonzero().flatten()[mine])
-        return Chosen(self.train, torch.cat(chosen))
+        nearest = Chosen(self.train, torch.cat(chosen))
+        return squares_of(nearest, self.judged.image_size, self.judged.resize)
 
     def _latents_of(self, images: LabelledImages) -> Iterator[tuple[int, Tensor]]:
         labels = sorted(set(torch.as_tensor(images.targets).tolist()))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from d4m_plugin.cache import make_writable
-from d4m_plugin.card import percent
+from d4m_plugin.card import accuracy
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arm, Arms
 from d4m_plugin.evaluation.evaluate import called, network_of, results_of, steps_of
@@ -29,6 +29,7 @@ def compare(
     batch_size: int = 100,
     learning_rates: tuple[float, ...] = (1e-3,),
     teacher: str = "auto",
+    features: str = "teacher",
     compile: bool = False,
     num_workers: int = 0,
     skip_bad_images: bool = False,
@@ -49,6 +50,7 @@ def compare(
         batch_size: images a batch.
         learning_rates: of several, each arm gets the one that is best on a slice of real training images.
         teacher: as TeacherMatching takes it, but one.
+        features: the network by whose features the pictures are judged, as for `d4m evaluate`.
         compile: compile students and teacher.
         num_workers: processes that read images.
         skip_bad_images: leave out real images that cannot be read; by default they stop the work.
@@ -80,13 +82,14 @@ def compare(
         teacher=teacher,
     )
     make_writable(output.resolve(), "output")
-    network = network_of(protocol, source, sets[0], cache_dir)
+    network = network_of(features, protocol, source, sets[0], cache_dir)
     rows: list[dict[str, Any]] = []
     for number, each in enumerate(sets):
-        runs = Trainings(Arms(each, source), protocol, output / "runs.jsonl", compile, num_workers, cache_dir).run()
+        arms_of_set = Arms(each, source, kept=output / "arms")
+        runs = Trainings(arms_of_set, protocol, output / "runs.jsonl", compile, num_workers, cache_dir).run()
         folder = output / f"{number + 1}-{each.name}"
         folder.mkdir(exist_ok=True)
-        results = results_of(each, source, protocol, runs, network, folder)
+        results = results_of(arms_of_set, protocol, runs, features, network, folder)
         rows += _rows(f"{number + 1} {each.name}", results["table"])
     write_csv(output / "comparison.csv", rows)
     return {f"{row['set']}, {row['student']}, {row['labels']}": _shown(row) for row in rows} | {
@@ -101,13 +104,16 @@ def _rows(name: str, table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for own in (row for row in table if row["arm"] == "distilled"):
         other = of_random[own["student"], own["labels"]]
-        row = {"set": name} | {column: own[column] for column in ("images", "student", "labels", "mean", "std")}
+        row = {"set": name} | {
+            column: own[column] for column in ("images", "student", "labels", "mean", "std", "diverged")
+        }
         against = {column: other[column] for column in ("difference", "interval", "verdict")}
         rows.append(row | {"random": other["mean"]} | against)
     return rows
 
 
 def _shown(row: dict[str, Any]) -> str:
-    mean = percent(row["mean"], row["std"])
+    if row["verdict"] == "diverged":
+        return f"{accuracy(row)}; not compared, since trainings diverged: lower `learning_rates`"
     points = points_of(row["difference"], row["interval"])
-    return f"{mean} %; against {row['images']} random real images {points}, {row['verdict'] or 'one seed'}"
+    return f"{accuracy(row)} %; against {row['images']} random real images {points}, {row['verdict'] or 'one seed'}"

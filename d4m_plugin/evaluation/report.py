@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image
 
 from d4m_plugin.cache import written_whole
-from d4m_plugin.card import percent
+from d4m_plugin.card import accuracy, amount
 from d4m_plugin.evaluation.figures import Features, draw_all
-from d4m_plugin.evaluation.verdict import points_of
+from d4m_plugin.evaluation.verdict import LABELS, points_of
 
 WIDEST = 1600  # pixels of a picture in the page
 
@@ -60,6 +60,7 @@ PAGE = """<!doctype html>
 WHAT_ARMS_ARE = {
     "distilled": "the set",
     "random": "as many real images a class, drawn anew for each seed",
+    "equal_bytes": "as many random real images as take the bytes of the set on disk, drawn anew for each seed",
     "nearest": "the real images nearest to the prototypes",
     "decoded": "the prototypes through the VAE alone",
     "generated": "as many images of the model, without prototypes",
@@ -75,7 +76,7 @@ UNDER_THE_TABLE = (
 WHAT_FIGURES_SAY = {
     "frechet_distance": ("Fréchet distance (FID)", "to the real images, 0 is best; compare sets of one size only"),
     "kernel_distance": ("Kernel distance (KID)", "to the real images, 0 is best"),
-    "inception_score": ("Inception score (IS)", "from 1 to the number of classes"),
+    "inception_score": ("Inception score (IS)", "from 1 to the number of the network's classes"),
     "agreement": ("Named as their label", "of the distilled images"),
     "real_agreement": ("Real images named rightly", "of the real images, for comparison"),
     "coverage": ("Coverage", "of the real images have a distilled one among their five nearest"),
@@ -105,7 +106,7 @@ def write_report(
         features: for the t-SNE: of distilled images, (N, D), their labels, of real ones, and theirs.
     """
     with written_whole(folder / "results.json") as path:
-        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        path.write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
     write_csv(folder / "results.csv", results["table"])
     drawn = {caption: Image.open(folder / name) for name, caption in draw_all(results, folder, features).items()}
     with written_whole(folder / "report.html") as path:
@@ -124,18 +125,20 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: dict[str, Image.Image]) -> str:
     judged, protocol = results["set"], results["protocol"]
     title = html.escape(f"{judged['name']}: is it better than random real images?")
-    size = f"{judged['ipc']} images a class of {len(judged['classes'])} classes, {judged['image_size']} pixels"
+    size = f"{judged['ipc']} images a class of {len(judged['classes'])} classes, {judged['image_size']} pixels, "
+    size += f"{judged['bytes']:,} bytes with the labels"
     parts = [
         f"<h1>{title}</h1>",
         f"<p>A distilled set of {html.escape(judged['source'])}: {size}.</p>",
         *_verdicts(results),
+        *_by_student(results["table"], protocol),
         "<h2>Accuracy on the real test images</h2>",
-        _table(results["table"]),
+        *_accuracies(results["table"]),
         *(_figure(caption, picture) for caption, picture in drawn.items()),
         "<h2>Pictures</h2>",
         *(_figure(caption, picture) for caption, picture in pictures.items()),
         *_section(
-            f"What the features of the teacher {results['pictures'].get('network')} say of the pictures",
+            f"What the features of {results['pictures'].get('network')} say of the pictures",
             {
                 name: _told(key, results["pictures"][key], what)
                 for key, (name, what) in WHAT_FIGURES_SAY.items()
@@ -163,18 +166,43 @@ def _verdicts(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
+def _accuracies(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of all trainings."""
     names = ("student", "labels", "trained on", "images", "accuracy, %", "distilled against it", "distilled is")
+    cells = [[row["student"], row["labels"], row["arm"], amount(row), accuracy(row), *_against(row)] for row in rows]
+    return [_table("accuracies", names, cells), f"<p>{UNDER_THE_TABLE}</p>"]
+
+
+def _by_student(rows: Sequence[dict[str, Any]], protocol: dict[str, Any]) -> list[str]:
+    """Return a table for each kind of labels that has a row for each student, where there are several."""
+    if len(protocol["students"]) < 2:
+        return []
+    arms = protocol["arms"]
+    found = {(row["labels"], row["student"], row["arm"]): row for row in rows}
+    parts = ["<h2>Does the set serve other students?</h2>"]
+    for labels in protocol["labels"]:
+        names = ["student", *(f"{arm}, %" for arm in arms), "distilled against random", "distilled is"]
+        cells = []
+        for student in protocol["students"]:
+            accuracies = [accuracy(found[labels, student, arm]) for arm in arms]
+            cells.append([student, *accuracies, *_against(found[labels, student, "random"])])
+        parts += [f"<p>By {LABELS[labels]}:</p>", _table(f"students, {labels} labels", names, cells)]
+    return parts
+
+
+def _against(row: dict[str, Any]) -> list[str]:
+    """Return what the distilled set is against an arm: the difference, and the verdict."""
+    return ["" if row["difference"] is None else points_of(row["difference"], row["interval"]), row["verdict"] or ""]
+
+
+def _table(label: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = []
-    for row in rows:
-        against = "" if row["difference"] is None else points_of(row["difference"], row["interval"])
-        cells = [row["student"], row["labels"], row["arm"], f"{row['images']:,}", percent(row["mean"], row["std"])]
-        cells += [against, row["verdict"] or ""]
-        ours = ' class="ours"' if row["arm"] == "distilled" else ""
+    for cells in rows:
+        ours = ' class="ours"' if "distilled" in cells else ""
         lines.append(f"<tr{ours}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>\n")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
     table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody></table>"
-    return f"{_scrolling('accuracies', table)}\n<p>{UNDER_THE_TABLE}</p>"
+    return _scrolling(label, table)
 
 
 def _scrolling(label: str, wide: str) -> str:
@@ -199,12 +227,14 @@ def _section(title: str, rows: dict[str, Any]) -> list[str]:
 
 
 def _alike(judged: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
-    edge, of_real = judged["image_size"], " (real: all)" if "real" in protocol["arms"] else ""
+    edge = judged["image_size"]
+    unlike = {"equal_bytes": "as many as fit", "real": "all"}
+    others = "".join(f" ({arm}: {count})" for arm, count in unlike.items() if arm in protocol["arms"])
     rates = ", ".join(f"{rate:g}" for rate in protocol["learning_rates"])
     if len(protocol["learning_rates"]) > 1:
         rates += ": each arm has the best on a slice of real training images, by the first seed"
     return {
-        "images": f"{judged['ipc']} a class{of_real}, {edge} by {edge} pixels",
+        "images": f"{judged['ipc']} a class{others}, {edge} by {edge} pixels",
         "students": ", ".join(protocol["students"]),
         "steps": f"{protocol['steps']:,} of {protocol['batch_size']} images; the last one counts",
         "seeds": f"{protocol['seeds']}, of the student's weights, the batches and the random images",
@@ -217,7 +247,7 @@ def _alike(judged: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
 def _command(protocol: dict[str, Any]) -> str:
     """Return the command of an evaluation; where the set and the real images lie is not recorded."""
     options = {name: json.dumps(list(protocol[name])) for name in ("arms", "labels", "students", "learning_rates")}
-    options |= {name: str(protocol[name]) for name in ("seeds", "batch_size", "teacher")}
+    options |= {name: str(protocol[name]) for name in ("seeds", "batch_size", "teacher", "features")}
     options["budget"] = str(protocol["steps"])
     told = [f"--{name} {shlex.quote(value)}" for name, value in options.items()]
     return " \\\n    ".join(["d4m evaluate SET --source SOURCE", *told])

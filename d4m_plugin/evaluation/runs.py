@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,6 @@ from d4m_plugin.evaluation.arms import ARMS, Arm, Arms
 from d4m_plugin.models.classifier import ImageClassifier
 from d4m_plugin.screening import check_images, test_fingerprint
 from d4m_plugin.seeding import seed_of
-from d4m_plugin.sources import LabelledImages
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.subsets import Chosen, at_most
 
@@ -47,7 +47,7 @@ class Protocol:
         arms: what is trained on; `distilled` and `random` always are.
         labels: the teacher's (Training-Time Matching) or the images' own.
         students: `convnet`, or torchvision classifiers such as resnet18.
-        seeds: trainings of each kind. A seed decides the student's weights, the batches, and the draw of `random`.
+        seeds: trainings of each kind. A seed decides the student's weights, the batches, and the draw of random images.
         steps: updates of each training.
         batch_size: images a batch.
         learning_rates: of several, each arm gets the one that does best, at the first seed, on a slice of real training
@@ -160,7 +160,6 @@ class Trainings:
             "batch_size": protocol.batch_size,
         }
         self._done: dict[str, dict[str, Any]] = {}
-        self._made: dict[Arm, LabelledImages] = {}
         if record.exists():
             *lines, broken = record.read_bytes().split(b"\n")
             if broken:  # a kill while it was written
@@ -169,7 +168,9 @@ class Trainings:
             self._done = {row["key"]: row for row in rows}
 
     def run(self, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Return what each training gave: arm, labels, student, seed, lr, accuracy and more.
+        """Return what each training gave: arm, labels, student, seed, lr, accuracy, accuracies by class and more.
+
+        The accuracy of a training that diverged, whose loss or weights are no numbers any more, is None.
 
         Args:
             seeds: of some seeds; of all by default.
@@ -197,13 +198,11 @@ class Trainings:
             lr: self._result(dataclasses.replace(kind, lr=lr, choosing=True), bar)["accuracy"]
             for lr in self.protocol.learning_rates
         }
-        return max(tried, key=lambda lr: tried[lr])
+        return max(tried, key=lambda lr: -1.0 if tried[lr] is None else tried[lr])
 
     def _result(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
         teacher = self._teacher if run.labels == "teacher" else None
-        judged = self.arms.judged
-        of_arm = {"random": judged.counts, "real": None}.get(run.arm, judged.fingerprint)
-        decides = self._decides | {"set": of_arm, "teacher": teacher} | dataclasses.asdict(run)
+        decides = self._decides | {"set": self.arms.decided_by(run.arm), "teacher": teacher} | dataclasses.asdict(run)
         key = json.dumps(decides, sort_keys=True)
         if key not in self._done:
             bar.set_postfix_str(str(run))
@@ -211,7 +210,7 @@ class Trainings:
             row = dataclasses.asdict(run) | self._train(run, bar)
             row |= {"seconds": round(time.perf_counter() - started, 1), "key": key}
             with self.record.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps(row)}\n")
+                file.write(f"{json.dumps(row, allow_nan=False)}\n")
             self._done[key] = row
         else:
             bar.update(self.protocol.steps)
@@ -219,11 +218,11 @@ class Trainings:
 
     def _train(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
         judged, protocol = self.arms.judged, self.protocol
-        images = self._images(run)
+        images = (self._arms_beside_the_slice if run.choosing else self.arms).images(run.arm, run.seed)
         L.seed_everything(run.seed, verbose=False)  # after the images, whose making may draw
         data = D4MDataModule(
             self.arms.source,
-            train_on="real" if run.arm == "real" else "random",
+            train_on="real" if run.arm in ("real", "equal_bytes") else "random",  # how many images may be held
             batch_size=protocol.batch_size,
             num_workers=self.num_workers,
             image_size=judged.image_size,
@@ -247,27 +246,25 @@ class Trainings:
             enable_model_summary=False,
         )
         trainer.fit(student, datamodule=data)
+        weights = student.state_dict().values()
+        if curve.points[-1][1] is None or not all(bool(each.isfinite().all()) for each in weights):
+            return {"accuracy": None, "accuracies": None, "confusion": None, "losses": curve.points}
         if run.choosing:
             named, labels = self._named_of_the_slice(student, data)
         else:
             named = torch.cat(trainer.predict(student, datamodule=data))  # type: ignore[arg-type]  # typed for any output
             labels = torch.as_tensor(self.arms.source.test().targets)
-        confusion = (labels * data.num_classes + named).bincount(minlength=data.num_classes**2)
+        classes = data.num_classes
+        there, right = labels.bincount(minlength=classes), labels[named == labels].bincount(minlength=classes)
+        confusion = (labels * classes + named).bincount(minlength=classes**2)
         return {
-            "accuracy": int((named == labels).sum()) / len(labels),
-            "confusion": confusion.view(data.num_classes, -1).tolist() if data.num_classes <= MOST_CLASSES else None,
+            "accuracy": int(right.sum()) / len(labels),
+            "accuracies": [
+                round(n / of, 4) if of else None for n, of in zip(right.tolist(), there.tolist(), strict=True)
+            ],
+            "confusion": confusion.view(classes, -1).tolist() if classes <= MOST_CLASSES else None,
             "losses": curve.points,
         }
-
-    def _images(self, run: Run) -> LabelledImages:
-        """Return what a run trains on; what no seed changes is made once."""
-        if run.choosing:
-            return self._arms_beside_the_slice.images(run.arm, run.seed)
-        if run.arm in ("random", "reconstructed"):
-            return self.arms.images(run.arm, run.seed)
-        if run.arm not in self._made:
-            self._made[run.arm] = self.arms.images(run.arm, run.seed)
-        return self._made[run.arm]
 
     @cached_property
     def _slice(self) -> Chosen:
@@ -284,7 +281,7 @@ class Trainings:
     @cached_property
     def _arms_beside_the_slice(self) -> Arms:
         left_out = torch.from_numpy(self._slice.indices)
-        return Arms(self.arms.judged, self.arms.source, self.arms.diffusion, left_out)
+        return Arms(self.arms.judged, self.arms.source, self.arms.diffusion, left_out, self.arms.kept)
 
     @torch.inference_mode()
     def _named_of_the_slice(self, student: ImageClassifier, data: D4MDataModule) -> tuple[Tensor, Tensor]:
@@ -311,13 +308,13 @@ class _Curve(L.Callback):
 
     def __init__(self, steps: int, bar: "tqdm[Any]") -> None:
         self.every, self.bar = max(1, steps // CURVE), bar
-        self.points: list[list[float]] = []
+        self.points: list[list[float | None]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
-        """Note a step."""
-        if trainer.global_step % self.every == 0:
-            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-            self.points.append([trainer.global_step, float(f"{float(loss):.4g}")])
+        """Note a step, and the last in any case."""
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            loss = float(outputs["loss"] if isinstance(outputs, dict) else outputs)
+            self.points.append([trainer.global_step, float(f"{loss:.4g}") if math.isfinite(loss) else None])
         self.bar.update(1)
 
 

@@ -84,7 +84,7 @@ def sweep(
         What to tell the user.
 
     Raises:
-        InputError: where an option cannot work, or no option has values.
+        InputError: where an option cannot work, no option has values, or a training diverges.
     """
     source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     given: dict[str, Sequence[Any]] = {
@@ -131,6 +131,11 @@ def sweep(
             arms = Arms(ours(made, source), source)
             trainings = Trainings(arms, protocol, output / "runs.jsonl", compile, num_workers, cache_dir)
             for run in trainings.run([seed]):
+                if run["accuracy"] is None:
+                    raise InputError(
+                        f"`lr` is {lr:g}, under which a training diverged ({run['arm']}, {run['labels']} labels, seed "
+                        f"{seed}); lower it."
+                    )
                 if run["arm"] == "distilled":
                     accuracies.setdefault((number, run["labels"]), []).append(run["accuracy"])
                 elif number == 0:

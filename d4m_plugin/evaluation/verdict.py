@@ -10,10 +10,10 @@ from scipy.stats import t as student_t
 from d4m_plugin.evaluation.arms import Arm
 from d4m_plugin.evaluation.runs import Labels
 
-Verdict = Literal["better", "worse", "not separable"]
+Verdict = Literal["better", "worse", "not separable", "diverged"]
 CONFIDENCE = 0.95
 
-RANDOM = "as many random real images"
+AGAINST: dict[Arm, str] = {"random": "as many random real images", "equal_bytes": "random real images in as many bytes"}
 LABELS: dict[Labels, str] = {"teacher": "the teacher's labels", "hard": "hard labels"}
 
 
@@ -38,55 +38,79 @@ def verdict_of(difference: float, half_width: float) -> Verdict:
     return "better" if difference > 0 else "worse"
 
 
-def table_of(runs: Sequence[dict[str, Any]], images: Mapping[Arm, int], test_images: int) -> list[dict[str, Any]]:
+def table_of(
+    runs: Sequence[dict[str, Any]], amounts: Mapping[Arm, dict[str, int | None]], test_images: int
+) -> list[dict[str, Any]]:
     """Return a row for each student, kind of labels and arm, its accuracies against the distilled set's.
 
     Args:
         runs: as `Trainings.run` returns them.
-        images: how many each arm has.
+        amounts: how many `images` each arm has, and `bytes`, as `Arms.amount` returns them.
         test_images: how many the accuracies are measured on.
 
     Returns:
-        Rows of `student`, `labels`, `arm`, `images`, `mean` and `std` of the accuracies (shares), `seeds`; of the other
-        arms, `difference` (distilled minus theirs, paired by seed), `interval` (half of the 95 % one) and `verdict` on
-        the distilled set; None where they cannot be told.
+        Rows of `student`, `labels`, `arm`, `images`, `bytes`, `mean` and `std` of the accuracies (shares), `seeds`, and
+        the seeds that `diverged`, which are in none of these; of the other arms, `difference` (distilled minus theirs,
+        paired by seed), `interval` (half of the 95 % one) and `verdict` on the distilled set; None where they cannot be
+        told, as where a training of either diverged.
     """
-    cells: dict[tuple[str, Labels, Arm], dict[int, float]] = {}
+    cells: dict[tuple[str, Labels, Arm], dict[int, float | None]] = {}
     for run in runs:
         cells.setdefault((run["student"], run["labels"], run["arm"]), {})[run["seed"]] = run["accuracy"]
     rows = []
     for (student, labels, arm), found in cells.items():
-        row: dict[str, Any] = {"student": student, "labels": labels, "arm": arm, "images": images[arm]}
-        values = list(found.values())
-        row |= {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
-        row |= {"seeds": len(values), "difference": None, "interval": None, "verdict": None}
+        row: dict[str, Any] = {"student": student, "labels": labels, "arm": arm, **amounts[arm]}
+        values = [accuracy for accuracy in found.values() if accuracy is not None]
+        row |= {"mean": statistics.mean(values) if values else None}
+        row |= {"std": statistics.stdev(values) if len(values) > 1 else None, "seeds": len(values)}
+        row |= {"diverged": [seed for seed, accuracy in found.items() if accuracy is None]}
+        row |= {"difference": None, "interval": None, "verdict": None}
         if arm != "distilled":
             ours = cells[student, labels, "distilled"]
-            differences = [ours[seed] - found[seed] for seed in found]
-            row["difference"], row["interval"] = statistics.mean(differences), interval(differences, 1 / test_images)
-            if row["interval"] is not None:
-                row["verdict"] = verdict_of(row["difference"], row["interval"])
+            pairs = [(ours[seed], accuracy) for seed, accuracy in found.items()]
+            differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
+            if len(differences) < len(pairs):
+                row["verdict"] = "diverged"
+            else:
+                row["difference"], row["interval"] = (
+                    statistics.mean(differences),
+                    interval(differences, 1 / test_images),
+                )
+                if row["interval"] is not None:
+                    row["verdict"] = verdict_of(row["difference"], row["interval"])
         rows.append(row)
     return rows
 
 
 def sentences(table: Sequence[dict[str, Any]]) -> dict[str, Verdict | None]:
     """Return the verdicts against random real images by the words for them, the unfavourable ones first."""
-    order = ["worse", "not separable", None, "better"]
-    against_random = [row for row in table if row["arm"] == "random"]
-    in_order = sorted(against_random, key=lambda row: order.index(row["verdict"]))
-    return {_sentence(row): row["verdict"] for row in in_order}
+    order = ["diverged", "worse", "not separable", None, "better"]
+    against = [row for row in table if row["arm"] in AGAINST]
+    in_order = sorted(against, key=lambda row: order.index(row["verdict"]))
+    ours = {(row["student"], row["labels"]): row for row in table if row["arm"] == "distilled"}
+    return {_sentence(row, ours[row["student"], row["labels"]]): row["verdict"] for row in in_order}
 
 
-def _sentence(row: dict[str, Any]) -> str:
+def _sentence(row: dict[str, Any], ours: dict[str, Any]) -> str:
     under = f"{row['student']}, {LABELS[row['labels']]}"
+    others = AGAINST[row["arm"]]
+    if row["arm"] == "equal_bytes":
+        others += f" ({row['images']:,} of them)"
+    if row["verdict"] == "diverged":
+        lost = " and ".join(
+            f"{each['arm']} (seed {', '.join(map(str, each['diverged']))})" for each in (ours, row) if each["diverged"]
+        )
+        return (
+            f"The distilled set and {others} are not compared: trainings diverged, of {lost}; lower `learning_rates` "
+            f"({under})."
+        )
     if row["verdict"] is None:
         points = points_of(row["difference"])
-        return f"Distilled against {RANDOM}: {points} with one seed, which tells nothing ({under})."
+        return f"Distilled against {others}: {points} with one seed, which tells nothing ({under})."
     what = {
-        "better": f"is better than {RANDOM}",
-        "worse": f"is worse than {RANDOM}",
-        "not separable": f"and {RANDOM} cannot be told apart",
+        "better": f"is better than {others}",
+        "worse": f"is worse than {others}",
+        "not separable": f"and {others} cannot be told apart",
     }[row["verdict"]]
     points = points_of(row["difference"], row["interval"])
     return f"The distilled set {what}: {points}, {row['seeds']} seeds ({under})."
@@ -108,11 +132,13 @@ def dd_ranking(table: Sequence[dict[str, Any]], student: str) -> dict[str, float
         table: as `table_of` returns it.
         student: whose accuracies.
     """
-    means = {(row["labels"], row["arm"]): row["mean"] for row in table if row["student"] == student}
+    means = {
+        (row["labels"], row["arm"]): row["mean"] for row in table if row["student"] == student and not row["diverged"]
+    }
     scores = {}
     if ("hard", "real") in means and ("hard", "distilled") in means:
         scores["HLR"] = means["hard", "real"] - means["hard", "distilled"]
-    if ("teacher", "distilled") in means:
+    if ("teacher", "distilled") in means and ("teacher", "random") in means:
         scores["IOR"] = means["teacher", "distilled"] - means["teacher", "random"]
     if len(scores) == 2:
         alpha = 0.5 * scores["IOR"] - 0.5 * scores["HLR"]

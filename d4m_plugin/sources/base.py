@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from PIL import Image
 
+from d4m_plugin.errors import InputError
 from d4m_plugin.sources.splits import carve
 
 
@@ -78,6 +79,19 @@ class Source(ABC):
     def test(self) -> LabelledImages:
         """Return the split that accuracies are measured on."""
 
+    def stored_bytes(self) -> Sequence[int] | np.ndarray:
+        """Return how many bytes each training image takes where it is stored, encoded as it is there, in order.
+
+        A source need not tell: only the arm `equal_bytes` of an evaluation asks.
+
+        Raises:
+            InputError: where it does not.
+        """
+        raise InputError(
+            f"`arms` has 'equal_bytes', but {self.name} does not tell how many bytes its images take; leave it out, or "
+            f"give {type(self).__name__} a method `stored_bytes`."
+        )
+
 
 class IndexedImages(LabelledImages, Protocol):
     """Images that are read one by one when asked for."""
@@ -85,6 +99,9 @@ class IndexedImages(LabelledImages, Protocol):
     @property
     def fingerprint(self) -> str:
         """A hash of their labels and of what tells the images apart."""
+
+    def stored_bytes(self) -> Sequence[int] | np.ndarray:
+        """Return how many bytes each takes where it is stored."""
 
     def only(self, chosen: Sequence[int]) -> Self:
         """Return some of them."""
@@ -113,3 +130,7 @@ class IndexedSource(Source):
     def test(self) -> LabelledImages:
         """Return the images that accuracies are measured on."""
         return self._test
+
+    def stored_bytes(self) -> Sequence[int] | np.ndarray:
+        """Return how many bytes each training image takes in its file, encoded as it is there."""
+        return self._train.stored_bytes()

@@ -72,6 +72,10 @@ class CIFAR10(Source):
         test: LabelledImages = self._test
         return test
 
+    def stored_bytes(self) -> list[int]:
+        """Return each training image's share of the array that they lie in."""
+        return [image.nbytes for image in self._train.data]
+
 
 class CIFAR100(CIFAR10):
     """CIFAR-100: 100 classes of 500 images of 32x32 pixels to train on and 100 to test on (A. Krizhevsky, 2009).

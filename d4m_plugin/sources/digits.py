@@ -69,3 +69,8 @@ class Digits(Source):
         """Return the 500 test digits."""
         *_, images, targets = self._splits
         return _ArrayImages(images, targets, self.image_size)
+
+    def stored_bytes(self) -> list[int]:
+        """Return each training digit's share of the array: a byte a pixel."""
+        images, *_ = self._splits
+        return [image.nbytes for image in images]

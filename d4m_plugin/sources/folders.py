@@ -169,10 +169,13 @@ class _Files:
     def fingerprint(self) -> str:
         """A hash of names, sizes and labels."""
         digest = hashlib.sha256(self.targets.astype(np.int64).tobytes())
-        for name in self.names:
-            size = size_of(self.root / os.fsdecode(name.as_py()))
+        for name, size in zip(self.names, self.stored_bytes(), strict=True):
             digest.update(name.as_py() + f"\0{size}\0".encode())
         return digest.hexdigest()
+
+    def stored_bytes(self) -> list[int]:
+        """Return the size of each file."""
+        return [size_of(self.root / os.fsdecode(name.as_py())) for name in self.names]
 
 
 def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) -> tuple[Path, list[str], Path | None]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,20 +141,31 @@ class _Rows:
     @property
     def fingerprint(self) -> str:
         """A hash of labels, sizes, last bytes (which hold a PNG's checksum) and names."""
+        digest = hashlib.sha256(np.asarray(self.targets, np.int64).tobytes())
+        for size, tail, name in self._encoded():
+            digest.update(f"{size} {tail!r} {Path(name or '').name}\0".encode())
+        return digest.hexdigest()
+
+    def stored_bytes(self) -> list[int]:
+        """Return the size of each encoded image."""
+        return [size or 0 for size, *_ in self._encoded()]
+
+    def _encoded(self) -> Iterator[tuple[int | None, bytes | None, str | None]]:
+        """Yield the size, the last bytes, and the name of each image's encoded bytes; of a file of its own, no bytes.
+
+        `indices` ascends, as the rows are taken chunk by chunk.
+        """
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        digest = hashlib.sha256(np.asarray(self.targets, np.int64).tobytes())
         start = 0
         for chunk in self.rows.with_format("arrow")[:][self.column].chunks:
             own = self.indices[(self.indices >= start) & (self.indices < start + len(chunk))] - start
             content = chunk.field("bytes")
             parts = (pc.binary_length(content), pc.binary_slice(content, -TAIL), chunk.field("path"))
             for size, tail, name in zip(*(part.take(pa.array(own)).to_pylist() for part in parts), strict=True):
-                size = size_of(name) if size is None and name else size  # a file of its own
-                digest.update(f"{size} {tail!r} {Path(name or '').name}\0".encode())
+                yield size_of(name) if size is None and name else size, tail, name
             start += len(chunk)
-        return digest.hexdigest()
 
 
 def _load(path: str, config: str | None, revision: str | None) -> "DatasetDict":
