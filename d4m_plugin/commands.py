@@ -115,7 +115,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 # Whose required options are given without their names.
 POSITIONAL = ("cache", "compare", "evaluate", "push", "relabel")
 MANY = {"compare": 0, "cache": 1}  # of them, those that take any number of words, after so many single ones
-SHARED = ("distill",)  # by the processes of all devices
+SHARED = ("compare", "distill", "evaluate", "sweep")  # by the processes of all devices
 
 
 def rows_of(made: Any) -> dict[str, Any]:

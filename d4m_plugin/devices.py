@@ -49,6 +49,11 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def this_device() -> int | list[int]:
+    """Return Lightning's `devices` for one process on the default device: the accelerator's number, else one CPU."""
+    return [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else 1
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype a model's passes run in under autocast on a device: bfloat16 where it is fast.
 

@@ -63,13 +63,18 @@ def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) 
     others = [] if environment.creates_processes_externally else [_Other(number) for number in range(1, count)]
     terminated = signal.signal(signal.SIGTERM, _stop)
     try:
-        yield environment.global_rank() == here == 0
+        yield is_first()
         for other in others:
             other.wait()
     finally:
         signal.signal(signal.SIGTERM, terminated)
         for other in others:
             other.end()
+
+
+def is_first() -> bool:
+    """Whether this process is the first of all that work together, by what torchrun, SLURM or Lightning tells it."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def _environment() -> ClusterEnvironment:

@@ -9,13 +9,15 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from tqdm.auto import tqdm
 
+from d4m_plugin.processes import is_first
+
 LOG = logging.getLogger("d4m_plugin")
 EVERY = 30.0  # seconds between plain lines
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit}{postfix}, {rate_fmt}, {remaining} left"
 
 
 def _first_process() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
+    return is_first() and getattr(rank_zero_only, "rank", 0) == 0  # the latter where Lightning forked
 
 
 def say(line: str) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from d4m_plugin.cache import written_whole
 from d4m_plugin.callbacks import RunProgress
 from d4m_plugin.datamodules import D4MDataModule
-from d4m_plugin.devices import trainer_precision
+from d4m_plugin.devices import this_device, trainer_precision
 from d4m_plugin.models.classifier import ImageClassifier
 from d4m_plugin.sources import Source
 from d4m_plugin.teachers import save_teacher
@@ -37,7 +37,7 @@ def train_teacher(source: Source, output: Path, cache_dir: str | Path | None = N
         module = ImageClassifier(data.num_classes, data.image_size)
         trainer = L.Trainer(
             max_steps=max(LEAST_STEPS, EPOCHS * len(source.train()) // BATCH),
-            devices=1,  # once, even where several processes train the student
+            devices=this_device(),  # once, even where several processes train the student
             plugins=[LightningEnvironment()],
             precision=trainer_precision(),
             callbacks=[RunProgress(f"Teacher of {source.name}")],

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from filelock import FileLock, Timeout
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d4m_plugin.cache import written_whole
+from d4m_plugin.checking import fault_of, read_json
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.progress import Progress, say
 
@@ -129,9 +131,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **seconds: float) ->
         tensors: by name.
         seconds: what each stage took.
     """
-    told = json.dumps(seconds)
+    told = {"seconds": seconds, "checksum": _checksum(path.name, tensors, seconds)}
     with written_whole(path) as aside:
-        write_tensors(aside, tensors, {"seconds": told, "checksum": _checksum(path.name, tensors, told)})
+        write_tensors(aside, tensors, {"unit": json.dumps(told)})  # in one entry: those of a header have no order
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: dict[str, str] | None = None) -> None:
@@ -164,19 +166,59 @@ def seconds_of(path: Path) -> dict[str, float]:
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     try:
         with safe_open(path, "pt") as file:
-            told = file.metadata() or {}
+            told = json.loads((file.metadata() or {}).get("unit", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        whole = told["checksum"] == _checksum(path.name, tensors, told["seconds"])
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{str(path)!r} is damaged ({error}).") from error
-    if told.get("checksum") != _checksum(path.name, tensors, told.get("seconds", "")):
+    if not whole:
         raise DamagedError(f"{str(path)!r} is damaged (its checksum differs).")
-    return tensors, json.loads(told["seconds"])
+    return tensors, told["seconds"]
 
 
-def _checksum(name: str, tensors: Mapping[str, Tensor], told: str) -> str:
-    digest = hashlib.sha256(json.dumps([name, told]).encode())
+def save_json(path: Path, row: dict[str, Any]) -> None:
+    """Write a mapping whole, with a checksum of it and of the file's name."""
+    held = {"checksum": _checksum_of_row(path.name, row), "row": row}
+    with written_whole(path) as aside:
+        aside.write_text(json.dumps(held, allow_nan=False), encoding="utf-8")
+
+
+def load_json(path: Path, expected: Any) -> dict[str, Any]:
+    """Return what `save_json` wrote.
+
+    Args:
+        path: the file.
+        expected: what the mapping must be, as for `fault_of`.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        DamagedError: where it holds something else.
+    """
+    try:
+        held = read_json(path.read_bytes(), _Held, repr(str(path)))
+    except InputError as error:
+        raise DamagedError(str(error)) from error
+    row: dict[str, Any] = held["row"]
+    if held["checksum"] != _checksum_of_row(path.name, row):
+        raise DamagedError(f"{str(path)!r} is damaged (its checksum differs).")
+    if fault := fault_of(row, expected, ""):
+        raise DamagedError(f"{str(path)!r} is damaged or edited: {fault}.")
+    return row
+
+
+class _Held(TypedDict):
+    checksum: str
+    row: dict[str, Any]
+
+
+def _checksum_of_row(name: str, row: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([name, row], sort_keys=True).encode()).hexdigest()
+
+
+def _checksum(name: str, tensors: Mapping[str, Tensor], seconds: Mapping[str, float]) -> str:
+    digest = hashlib.sha256(json.dumps([name, seconds]).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

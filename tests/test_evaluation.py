@@ -23,7 +23,7 @@ from d4m_plugin.errors import InputWarning
 from d4m_plugin.evaluation.arms import Arms
 from d4m_plugin.evaluation.compare import compare
 from d4m_plugin.evaluation.evaluate import evaluate, results_of, steps_of
-from d4m_plugin.evaluation.runs import Protocol, Trainings
+from d4m_plugin.evaluation.runs import Protocol, Trainings, trained
 from d4m_plugin.evaluation.sets import open_set, ours
 from d4m_plugin.evaluation.sweep import setting_row, sweep
 from d4m_plugin.evaluation.verdict import dd_ranking, interval, sentences, table_of
@@ -182,7 +182,7 @@ def test_images_that_were_kept_of_other_real_images_are_not_taken(arms, tmp_path
 @pytest.mark.parametrize("damage", [b"", b"no tensors", None])
 def test_a_damaged_file_of_kept_images_is_made_again(arms, tmp_path, damage):
     first = pixels_of(keeping(arms, tmp_path / "kept").images("decoded", 0))
-    (file,) = (tmp_path / "kept").iterdir()
+    (file,) = (tmp_path / "kept").glob("*.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[:-9] if damage is None else damage)
     assert torch.equal(pixels_of(keeping(arms, tmp_path / "kept").images("decoded", 0)), first)
@@ -244,35 +244,37 @@ def test_what_is_nowhere_is_no_set(squares, name):
         open_set(name, squares)
 
 
+def results(arms, protocol, folder):
+    return trained(Trainings(arms, protocol, folder).of_seeds(), folder)
+
+
 def test_distilled_and_random_are_always_compared():
     assert protocol(arms=("real",)).arms == ("distilled", "random", "real")
 
 
 def test_a_training_is_made_once_and_the_next_command_goes_on(arms, tmp_path, monkeypatch):
-    record = tmp_path / "runs.jsonl"
-    first = Trainings(arms, protocol(), record).run()
+    first = results(arms, protocol(), tmp_path / "runs")
     assert [(run["arm"], run["seed"]) for run in first] == [
         ("distilled", 0),
         ("random", 0),
         ("distilled", 1),
         ("random", 1),
     ]
-    lines = record.read_text().splitlines()
-    record.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # killed while it wrote
+    (tmp_path / "runs" / Trainings(arms, protocol(), tmp_path / "runs").of_seeds()[3].file).unlink()  # as after a kill
     made = []
     train = Trainings._train
     monkeypatch.setattr(Trainings, "_train", lambda self, run, bar: made.append(run) or train(self, run, bar))
-    again = Trainings(arms, protocol(), record).run()
+    again = results(arms, protocol(), tmp_path / "runs")
     assert [(run.arm, run.seed) for run in made] == [("random", 1)]
     for run in [*first, *again]:
         del run["seconds"]
     assert again == first
-    Trainings(arms, protocol(steps=3), record).run()
+    results(arms, protocol(steps=3), tmp_path / "runs")
     assert len(made) == 5  # another protocol, other trainings
 
 
 def test_a_run_holds_what_its_accuracy_is_made_of(arms, squares, tmp_path):
-    run = Trainings(arms, protocol(seeds=1, steps=4), tmp_path / "runs.jsonl").run()[0]
+    run = results(arms, protocol(seeds=1, steps=4), tmp_path / "runs")[0]
     confusion = torch.tensor(run["confusion"])
     assert confusion.sum(1).tolist() == [4, 4, 4]  # the test images of each class
     assert run["accuracy"] == pytest.approx(confusion.diag().sum().item() / 12, abs=1e-6)
@@ -301,7 +303,7 @@ def test_each_arm_gets_the_learning_rate_that_is_best_on_training_images_it_does
     monkeypatch.setattr(D4MDataModule, "train_dataloader", look)
     rates = (1e-3, 2e-3, 3e-3)
     options = {"learning_rates": rates, "arms": ("nearest", "real"), "seeds": 1}
-    runs = Trainings(arms, protocol(**options), tmp_path / "runs.jsonl").run()
+    runs = results(arms, protocol(**options), tmp_path / "runs")
     assert {run["lr"] for run in runs} == {2e-3}
     assert len(slices) == 12  # three rates for each of four arms
     assert slices[0] <= {bytes(image) for image in pixels_of(squares.train()).flatten(1).numpy()}
@@ -320,7 +322,7 @@ def test_all_arms_of_a_seed_start_from_the_same_weights_and_randomness(arms, tmp
 
     monkeypatch.setattr(L.Trainer, "fit", spy)
     all_arms = ("nearest", "decoded", "generated", "reconstructed", "real")
-    Trainings(arms, protocol(arms=all_arms), tmp_path / "runs.jsonl").run()
+    results(arms, protocol(arms=all_arms), tmp_path / "runs")
     assert [len(states) for states in starts.values()] == [1, 1]  # one for each of two seeds
 
 
@@ -340,8 +342,8 @@ def test_as_many_real_images_of_each_class_are_drawn_as_an_uneven_set_has(square
 def test_what_cannot_be_compared_is_said_before_any_training(arms, tmp_path, per_class, arm, says):
     unlike = Arms(arms.judged, Squares(per_class), "digits")
     with pytest.raises(InputError, match=says):
-        Trainings(unlike, protocol(arms=(arm,)), tmp_path / "runs.jsonl")
-    assert not (tmp_path / "runs.jsonl").exists()
+        Trainings(unlike, protocol(arms=(arm,)), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_set_of_other_training_images_is_warned_of(arms):
@@ -489,7 +491,7 @@ def test_a_diverged_training_is_said_to_be_one(arms, squares, tmp_path, monkeypa
 
 def test_a_learning_rate_that_diverges_is_not_chosen(arms, tmp_path):
     options = {"seeds": 1, "steps": 3, "learning_rates": (1e30, 1e-3)}
-    runs = Trainings(arms, protocol(**options), tmp_path / "runs.jsonl").run()
+    runs = results(arms, protocol(**options), tmp_path / "runs")
     assert {run["lr"] for run in runs} == {1e-3}
     assert None not in {run["accuracy"] for run in runs}
 

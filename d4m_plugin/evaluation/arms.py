@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -130,11 +131,12 @@ class Arms:
         decides = [judged.fingerprint, judged.image_size, judged.resize, metadata["recipe"], metadata["model"]]
         decides += [self.source.fingerprint, None if self.left_out is None else self.left_out.tolist()]
         file = self.kept / f"{name}-{digest([json.dumps(decides, sort_keys=True)])[:12]}.safetensors"
-        with suppress(FileNotFoundError, DamagedError):
-            return load_tensors(file)["image"]
-        pixels = make()
-        self.kept.mkdir(exist_ok=True)
-        save_tensors(file, {"image": pixels.contiguous()})
+        self.kept.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):  # another process may be making them
+            with suppress(FileNotFoundError, DamagedError):
+                return load_tensors(file)["image"]
+            pixels = make()
+            save_tensors(file, {"image": pixels.contiguous()})
         return pixels
 
     @cached_property

@@ -1,5 +1,6 @@
 """`d4m compare`: several sets of one source, of whatever methods, under one protocol."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arm, Arms
 from d4m_plugin.evaluation.evaluate import called, network_of, results_of, steps_of
 from d4m_plugin.evaluation.report import write_csv
-from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
+from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings, trained
 from d4m_plugin.evaluation.sets import open_set
 from d4m_plugin.evaluation.verdict import points_of
+from d4m_plugin.processes import is_first
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
 
@@ -83,13 +85,18 @@ def compare(
     )
     make_writable(output.resolve(), "output")
     network = network_of(features, protocol, source, sets[0], cache_dir)
+    arms_of_sets = [Arms(each, source, kept=output / "arms") for each in sets]
+    options = (protocol, output / "runs", compile, num_workers, cache_dir)
+    trainings = [Trainings(each, *options).of_seeds() for each in arms_of_sets]
+    runs = trained(list(itertools.chain(*trainings)), output / "runs")
+    if not is_first():
+        return {}
     rows: list[dict[str, Any]] = []
-    for number, each in enumerate(sets):
-        arms_of_set = Arms(each, source, kept=output / "arms")
-        runs = Trainings(arms_of_set, protocol, output / "runs.jsonl", compile, num_workers, cache_dir).run()
+    for number, (each, arms_of_set) in enumerate(zip(sets, arms_of_sets, strict=True)):
+        of_set, runs = runs[: len(trainings[number])], runs[len(trainings[number]) :]
         folder = output / f"{number + 1}-{each.name}"
         folder.mkdir(exist_ok=True)
-        results = results_of(arms_of_set, protocol, runs, features, network, folder)
+        results = results_of(arms_of_set, protocol, of_set, features, network, folder)
         rows += _rows(f"{number + 1} {each.name}", results["table"])
     write_csv(output / "comparison.csv", rows)
     return {f"{row['set']}, {row['student']}, {row['labels']}": _shown(row) for row in rows} | {

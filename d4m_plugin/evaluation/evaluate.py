@@ -23,11 +23,12 @@ from d4m_plugin.evaluation.arms import Arm, Arms
 from d4m_plugin.evaluation.figures import Features
 from d4m_plugin.evaluation.pictures import features_of, judge, open_network, side_by_side
 from d4m_plugin.evaluation.report import write_report
-from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
+from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings, trained
 from d4m_plugin.evaluation.sets import JudgedSet, open_set
 from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
 from d4m_plugin.hub import without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
+from d4m_plugin.processes import is_first
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import Resize, read_image, squares_of
@@ -112,7 +113,10 @@ def evaluate(
     make_writable(folder, "output")
     network = network_of(features, protocol, source, judged, cache_dir)
     arms_of_set = Arms(judged, source, diffusion, kept=folder / "arms")
-    runs = Trainings(arms_of_set, protocol, folder / "runs.jsonl", compile, num_workers, cache_dir).run()
+    trainings = Trainings(arms_of_set, protocol, folder / "runs", compile, num_workers, cache_dir)
+    runs = trained(trainings.of_seeds(), folder / "runs")
+    if not is_first():
+        return {}
     results = results_of(arms_of_set, protocol, runs, features, network, folder)
     _record(judged, results)
     verdicts = {f"verdict {n + 1}": sentence for n, sentence in enumerate(results["verdicts"])}

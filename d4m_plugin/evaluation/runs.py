@@ -18,20 +18,21 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.callbacks import TeacherMatching
-from d4m_plugin.checking import read_json
 from d4m_plugin.datamodules import D4MDataModule
-from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
+from d4m_plugin.devices import autocast, compute_dtype, default_device, this_device, trainer_precision
+from d4m_plugin.diffusion import digest
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import ARMS, Arm, Arms
 from d4m_plugin.models.classifier import ImageClassifier
+from d4m_plugin.progress import Progress
 from d4m_plugin.screening import check_images, test_fingerprint
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.subsets import Chosen, at_most
+from d4m_plugin.units import Units, load_json, save_json
 
 Labels = Literal["teacher", "hard"]
 CURVE = 50  # points of a training curve
@@ -110,25 +111,28 @@ class Run:
 
 
 class Row(TypedDict):
-    """A line of the record of trainings."""
+    """What is kept of a training."""
 
-    key: str
     arm: str
     labels: str
     student: str
     seed: int
-    accuracy: float
+    lr: float
+    choosing: bool
+    accuracy: float | None
+    accuracies: list[float | None] | None
     confusion: list[list[int]] | None
-    losses: list[list[float]]
+    losses: list[list[float | None]]
+    seconds: float
 
 
 class Trainings:
-    """Makes the trainings of a protocol that are not recorded yet, and records each when it is done.
+    """The trainings of a protocol on the arms of a set.
 
     Args:
         arms: the images.
         protocol: the rest.
-        record: a file of a line of JSON for each training; what is there under the same protocol is not done again.
+        folder: a file for each training that is done, by this protocol or another.
         compile: compile student and teacher.
         num_workers: processes that read images that do not fit in memory.
         cache_dir: as for D4MDataModule.
@@ -141,12 +145,12 @@ class Trainings:
         self,
         arms: Arms,
         protocol: Protocol,
-        record: Path,
+        folder: Path,
         compile: bool = False,
         num_workers: int = 0,
         cache_dir: Path | None = None,
     ) -> None:
-        self.arms, self.protocol, self.record = arms, protocol, record
+        self.arms, self.protocol, self.folder = arms, protocol, folder
         self.compile, self.num_workers, self.cache_dir = compile, num_workers, cache_dir
         judged, source = arms.judged, arms.source
         cache = resolve_cache_dir(cache_dir)
@@ -159,64 +163,46 @@ class Trainings:
             "steps": protocol.steps,
             "batch_size": protocol.batch_size,
         }
-        self._done: dict[str, dict[str, Any]] = {}
-        if record.exists():
-            *lines, broken = record.read_bytes().split(b"\n")
-            if broken:  # a kill while it was written
-                record.write_bytes(b"".join(line + b"\n" for line in lines))
-            rows = [read_json(line, Row, f"line {n + 1} of {str(record)!r}") for n, line in enumerate(lines)]
-            self._done = {row["key"]: row for row in rows}
 
-    def run(self, seeds: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Return what each training gave: arm, labels, student, seed, lr, accuracy, accuracies by class and more.
-
-        The accuracy of a training that diverged, whose loss or weights are no numbers any more, is None.
+    def of_seeds(self, seeds: Sequence[int] | None = None) -> "list[Training]":
+        """Return the trainings of some seeds, of all by default; the learning rates are chosen first.
 
         Args:
-            seeds: of some seeds; of all by default.
+            seeds: the seeds.
         """
         protocol = self.protocol
-        seeds = range(protocol.seeds) if seeds is None else seeds
         kinds = [
             Run(arm=arm, labels=labels, student=student, seed=0, lr=protocol.learning_rates[0])
             for student in protocol.students
             for labels in protocol.labels
             for arm in protocol.arms
         ]
-        tries = len(protocol.learning_rates) if len(protocol.learning_rates) > 1 else 0
-        steps = len(kinds) * (tries + len(seeds)) * protocol.steps
-        with _quiet(), tqdm(total=steps, desc="Training", unit=" steps", dynamic_ncols=True) as bar:
-            rates = {kind: self._best_rate(kind, bar) if tries else kind.lr for kind in kinds}
-            return [
-                self._result(dataclasses.replace(kind, seed=seed, lr=rates[kind]), bar)
-                for seed in seeds
-                for kind in kinds
-            ]
+        best = self._best_of(kinds) if len(protocol.learning_rates) > 1 else kinds
+        seeds = range(protocol.seeds) if seeds is None else seeds
+        return [Training(self, dataclasses.replace(kind, seed=seed)) for seed in seeds for kind in best]
 
-    def _best_rate(self, kind: Run, bar: "tqdm[Any]") -> float:
-        tried = {
-            lr: self._result(dataclasses.replace(kind, lr=lr, choosing=True), bar)["accuracy"]
-            for lr in self.protocol.learning_rates
-        }
-        return max(tried, key=lambda lr: -1.0 if tried[lr] is None else tried[lr])
+    def _best_of(self, kinds: Sequence[Run]) -> list[Run]:
+        """Return each kind of training with the learning rate that does best on the slice."""
+        rates = self.protocol.learning_rates
+        tries = [Training(self, dataclasses.replace(kind, lr=lr, choosing=True)) for kind in kinds for lr in rates]
+        found = [-1.0 if row["accuracy"] is None else row["accuracy"] for row in trained(tries, self.folder)]
+        best = [max(range(len(rates)), key=found[start:].__getitem__) for start in range(0, len(found), len(rates))]
+        return [dataclasses.replace(kind, lr=rates[place]) for kind, place in zip(kinds, best, strict=True)]
 
-    def _result(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
+    def key(self, run: Run) -> str:
+        """Return what names a training by all that decides its outcome."""
         teacher = self._teacher if run.labels == "teacher" else None
         decides = self._decides | {"set": self.arms.decided_by(run.arm), "teacher": teacher} | dataclasses.asdict(run)
-        key = json.dumps(decides, sort_keys=True)
-        if key not in self._done:
-            bar.set_postfix_str(str(run))
-            started = time.perf_counter()
-            row = dataclasses.asdict(run) | self._train(run, bar)
-            row |= {"seconds": round(time.perf_counter() - started, 1), "key": key}
-            with self.record.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps(row, allow_nan=False)}\n")
-            self._done[key] = row
-        else:
-            bar.update(self.protocol.steps)
-        return {name: value for name, value in self._done[key].items() if name not in ("key", "choosing")}
+        return digest([json.dumps(decides, sort_keys=True)])[:16]
 
-    def _train(self, run: Run, bar: "tqdm[Any]") -> dict[str, Any]:
+    def train(self, run: Run, bar: Progress) -> dict[str, Any]:
+        """Return what a training gave; the accuracy of one that diverged, to no numbers, is None."""
+        bar.set_postfix_str(str(run))
+        started = time.perf_counter()
+        row = dataclasses.asdict(run) | self._train(run, bar)
+        return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+    def _train(self, run: Run, bar: Progress) -> dict[str, Any]:
         judged, protocol = self.arms.judged, self.protocol
         images = (self._arms_beside_the_slice if run.choosing else self.arms).images(run.arm, run.seed)
         L.seed_everything(run.seed, verbose=False)  # after the images, whose making may draw
@@ -235,7 +221,7 @@ class Trainings:
         teacher = protocol.teacher if run.labels == "teacher" else None
         trainer = L.Trainer(
             max_steps=protocol.steps,
-            devices=1,
+            devices=this_device(),
             plugins=[LightningEnvironment()],  # one process, under SLURM and torchrun too
             precision=trainer_precision(),
             callbacks=[TeacherMatching(teacher, compile_teacher=self.compile), curve],
@@ -295,6 +281,49 @@ class Trainings:
         return torch.cat(named).cpu(), torch.as_tensor(self._slice.targets)
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One of some trainings, which its file is named after.
+
+    Attributes:
+        of: the trainings.
+        run: which.
+    """
+
+    of: Trainings
+    run: Run
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"{self.of.key(self.run)}.json"
+
+
+def trained(trainings: Sequence[Training], folder: Path) -> list[dict[str, Any]]:
+    """Return what each training gave: arm, labels, student, seed, lr, accuracy, accuracies by class and more.
+
+    Args:
+        trainings: those that are not done are made by this process and all that share the folder.
+        folder: has a file for each that is done.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    by_file = {training.file: training for training in trainings}
+    steps = {file: training.of.protocol.steps for file, training in by_file.items()}
+    with (
+        _quiet(),
+        Progress("Training", sum(steps.values()), " steps") as bar,
+        Units(folder, steps, _read_row, bar) as units,
+    ):
+        for free in units.rounds():
+            for file in free:
+                save_json(folder / file, by_file[file].of.train(by_file[file].run, bar))
+    return [_read_row(folder / training.file) for training in trainings]
+
+
+def _read_row(path: Path) -> dict[str, Any]:
+    return load_json(path, Row)
+
+
 def _digest(teacher: str) -> str:
     """Return what tells a teacher from others: a file by its content."""
     if not Path(teacher).is_file():
@@ -306,7 +335,7 @@ def _digest(teacher: str) -> str:
 class _Curve(L.Callback):
     """Notes the loss of some steps, and moves the bar of all trainings on."""
 
-    def __init__(self, steps: int, bar: "tqdm[Any]") -> None:
+    def __init__(self, steps: int, bar: Progress) -> None:
         self.every, self.bar = max(1, steps // CURVE), bar
         self.points: list[list[float | None]] = []
 

@@ -19,10 +19,11 @@ from d4m_plugin.evaluation.arms import Arms
 from d4m_plugin.evaluation.evaluate import steps_of
 from d4m_plugin.evaluation.figures import new_figure
 from d4m_plugin.evaluation.report import write_csv
-from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
+from d4m_plugin.evaluation.runs import Labels, Protocol, Training, Trainings, trained
 from d4m_plugin.evaluation.sets import ours
 from d4m_plugin.evaluation.verdict import interval
 from d4m_plugin.preview import grid
+from d4m_plugin.processes import is_first
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
@@ -117,6 +118,7 @@ def sweep(
     accuracies: dict[tuple[int, Labels], list[float]] = {}
     of_random: dict[Labels, list[float]] = {}
     for seed in range(seeds):
+        trainings: list[tuple[int, Training]] = []  # each with the number of its setting
         for number, each in enumerate(recipes):
             made = distill(
                 source,
@@ -128,18 +130,23 @@ def sweep(
             )
             if seed == 0:
                 samples.append(_first_images(made))
-            arms = Arms(ours(made, source), source)
-            trainings = Trainings(arms, protocol, output / "runs.jsonl", compile, num_workers, cache_dir)
-            for run in trainings.run([seed]):
-                if run["accuracy"] is None:
-                    raise InputError(
-                        f"`lr` is {lr:g}, under which a training diverged ({run['arm']}, {run['labels']} labels, seed "
-                        f"{seed}); lower it."
-                    )
-                if run["arm"] == "distilled":
-                    accuracies.setdefault((number, run["labels"]), []).append(run["accuracy"])
-                elif number == 0:
-                    of_random.setdefault(run["labels"], []).append(run["accuracy"])
+            of_set = Trainings(
+                Arms(ours(made, source), source), protocol, output / "runs", compile, num_workers, cache_dir
+            )
+            trainings += [(number, training) for training in of_set.of_seeds([seed])]
+        runs = trained([training for _, training in trainings], output / "runs")
+        for (number, _), run in zip(trainings, runs, strict=True):
+            if run["accuracy"] is None:
+                raise InputError(
+                    f"`lr` is {lr:g}, under which a training diverged ({run['arm']}, {run['labels']} labels, seed "
+                    f"{seed}); lower it."
+                )
+            if run["arm"] == "distilled":
+                accuracies.setdefault((number, run["labels"]), []).append(run["accuracy"])
+            elif number == 0:
+                of_random.setdefault(run["labels"], []).append(run["accuracy"])
+    if not is_first():
+        return {}
     rows = [
         settings[number] | {"labels": kind} | setting_row(found, accuracies[0, kind], of_random[kind])
         for (number, kind), found in accuracies.items()

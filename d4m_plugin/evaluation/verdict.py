@@ -44,7 +44,7 @@ def table_of(
     """Return a row for each student, kind of labels and arm, its accuracies against the distilled set's.
 
     Args:
-        runs: as `Trainings.run` returns them.
+        runs: as `trained` returns them.
         amounts: how many `images` each arm has, and `bytes`, as `Arms.amount` returns them.
         test_images: how many the accuracies are measured on.
 
