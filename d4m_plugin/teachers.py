@@ -146,22 +146,36 @@ def _open(teacher: str, source: Source, cache_dir: str | Path | None) -> Teacher
         teacher = str(source.teacher)
     if teacher in EMBEDDED:
         return _read_safetensors(ASSETS / teacher / "teacher.safetensors")
-    library, colon, name = teacher.partition(":")
-    if colon and library in _LIBRARIES:
-        try:
-            return _LIBRARIES[library](name)
-        except ImportError as error:
-            raise InputError(f"`teacher` is {teacher!r}, but {library} is not installed here.") from error
-        except (OSError, RuntimeError, ValueError, KeyError, AttributeError, UnpicklingError, SafetensorError) as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"`teacher` is {teacher!r}, which cannot be loaded: {reason}") from error
+    if pretrained := open_pretrained(teacher, "teacher"):
+        return pretrained
     path = Path(teacher)
     if path.is_file() and path.suffix in (".ckpt", ".safetensors"):
         return _build(*_student_of(path)) if path.suffix == ".ckpt" else _read_safetensors(path)
     raise InputError(
-        f"`teacher` is {teacher!r}, neither auto, {', '.join(f'{library}:NAME' for library in _LIBRARIES)}, nor an "
-        "existing .ckpt or .safetensors file."
+        f"`teacher` is {teacher!r}, neither auto, {PRETRAINED}, nor an existing .ckpt or .safetensors file."
     )
+
+
+def open_pretrained(name: str, option: str) -> Teacher | None:
+    """Return another library's classifier with its own classes; None where the name is not of the form LIBRARY:NAME.
+
+    Args:
+        name: such as `torchvision:resnet18`.
+        option: whose value it is.
+
+    Raises:
+        InputError: where there is no such classifier.
+    """
+    library, colon, own_name = name.partition(":")
+    if not colon or library not in _LIBRARIES:
+        return None
+    try:
+        return _LIBRARIES[library](own_name)
+    except ImportError as error:
+        raise InputError(f"`{option}` is {name!r}, but {library} is not installed here.") from error
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError, UnpicklingError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"`{option}` is {name!r}, which cannot be loaded: {reason}") from error
 
 
 def _trained_once(source: Source, cache_dir: str | Path | None) -> Path:
@@ -237,6 +251,7 @@ class _Logits(nn.Module):
 
 
 _LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm, "transformers": _from_transformers}
+PRETRAINED = ", ".join(f"{library}:NAME" for library in _LIBRARIES)
 
 
 def _read_safetensors(path: Path) -> Teacher:

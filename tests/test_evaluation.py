@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -357,6 +358,26 @@ def test_hard_labels_need_no_teacher(arms, squares, tmp_path, monkeypatch):
         evaluate(str(tmp_path / "set"), squares, labels=("hard", "teacher"), **options)
 
 
+def test_another_network_judges_the_pictures_by_its_own_name(arms, squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.teachers.SMALL_SOURCE", 0)  # there is no teacher
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where the random weights lie that torchvision has fetched
+    name = torchvision.models.get_model_weights("shufflenet_v2_x0_5").DEFAULT.url.rpartition("/")[2]
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(torchvision.models.shufflenet_v2_x0_5().state_dict(), tmp_path / "hub" / "checkpoints" / name)
+    options = {"output": tmp_path / "report", "seeds": 1, "budget": 1, "arms": (), "labels": ("hard",)}
+    evaluate(str(tmp_path / "set"), squares, features="torchvision:shufflenet_v2_x0_5", **options)
+    told = json.loads((tmp_path / "report" / "results.json").read_text())["pictures"]
+    assert (told["network"], told["agreement"]) == ("torchvision:shufflenet_v2_x0_5", None)
+    assert told["frechet_distance"] > 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "What the features of torchvision:shufflenet_v2_x0_5 say of the pictures" in page
+    assert "Named as their label" not in page
+    with pytest.raises(InputError, match="`features` is 'resnet18'; use teacher, inception or torchvision:NAME"):
+        evaluate(str(tmp_path / "set"), squares, features="resnet18", **options)
+    with pytest.raises(InputError, match="`features` is 'torchvision:resnet19', which cannot be loaded"):
+        evaluate(str(tmp_path / "set"), squares, features="torchvision:resnet19", **options)
+
+
 def test_a_set_that_cannot_be_written_is_judged_all_the_same(arms, squares, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
@@ -381,7 +402,7 @@ def test_a_picture_of_the_prototypes_that_cannot_be_shown_is_left_out(arms, tmp_
         file.write_bytes(
             {"none": whole, "cut off": whole[: len(whole) // 2], "huge": huge, "no picture": b"GIF"}[damage]
         )
-    results = results_of(arms, protocol(seeds=1), runs_of([0.5], [0.4]), None, tmp_path)
+    results = results_of(arms, protocol(seeds=1), runs_of([0.5], [0.4]), "teacher", None, tmp_path)
     assert results["pictures"] == {}
     page = (tmp_path / "report.html").read_text()
     assert "The distilled images." in page

@@ -69,6 +69,7 @@ def results_of(classes, seeds=2):
             "batch_size": 4,
             "learning_rates": [1e-3],
             "teacher": "toys",
+            "features": "teacher",
         },
         "versions": {"torch": "2.14"},
         "device": "cpu",

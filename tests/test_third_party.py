@@ -1,6 +1,7 @@
 """Other people's modules, unedited, learn from a teacher on a distilled set. Some need the extra `third-party`."""
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,12 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from d4m_plugin import ConvNet, D4MDataModule, InputError, LatentDiffusion, TeacherMatching
+from d4m_plugin.evaluation.pictures import judge, open_network
 from d4m_plugin.matching import matching_loss, soften
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.teachers import load_teacher
@@ -126,3 +131,53 @@ def test_a_lora_needs_peft(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     with pytest.raises(InputError, match="`lora` is 'some', which needs the package peft"):
         LatentDiffusion(str(families.save("sd", tmp_path / "model")), lora="some")
+
+
+@pytest.fixture
+def inception_weights(tmp_path, monkeypatch):
+    """Where torch keeps the weights of Inception that it has fetched: these are random ones."""
+    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+
+    class Untrained(inception.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_):
+            """Keep the weights."""
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / inception.URL_INCEPTION_V3.rpartition("/")[2]
+    file.parent.mkdir(parents=True)
+    torch.save({}, file)
+    torch.manual_seed(0)
+    network = Untrained("untrained", ["2048"], str(file))
+    for weights in network.parameters():
+        if weights.ndim > 1:
+            nn.init.kaiming_normal_(weights)  # or nothing would come through all the layers
+    torch.save(network.state_dict(), file)
+    return file
+
+
+@pytest.mark.filterwarnings("ignore")  # torchmetrics warns of its memory, and of one split
+def test_the_figures_of_inception_are_those_of_torchmetrics(inception_weights):
+    made, real = (torch.randint(256, (count, 3, 32, 32), generator=generator_of(count)).byte() for count in (6, 8))
+    real = real // 2
+    figures = judge(open_network("inception"), "inception", made, None, real, None)
+    distance, kernel = FrechetInceptionDistance(), KernelInceptionDistance(subset_size=6)
+    score = InceptionScore(splits=1)
+    for metric in (distance, kernel):
+        metric.update(made, real=False)
+        metric.update(real, real=True)
+    score.update(made)
+    assert figures.frechet_distance == pytest.approx(float(distance.compute()), rel=1e-4)
+    torch.manual_seed(0)  # for the same subsets
+    assert figures.kernel_distance == pytest.approx(float(kernel.compute()[0]), rel=1e-4)
+    assert figures.inception_score == pytest.approx(float(score.compute()[0]), rel=1e-6)
+    assert figures.frechet_distance > 1
+    assert figures.agreement is figures.real_agreement is None
+
+
+def test_inception_whose_weights_are_not_to_be_had_is_told_where_to_put_them(inception_weights, monkeypatch):
+    inception_weights.write_bytes(b"no weights")
+    with pytest.raises(InputError, match=r"whose weights cannot be had from https://.*\.pth \(.*put that file into '"):
+        open_network("inception")
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(InputError, match=r"`features` is 'inception', which needs `pip install torch-fidelity`"):
+        open_network("inception")

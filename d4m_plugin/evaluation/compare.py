@@ -29,6 +29,7 @@ def compare(
     batch_size: int = 100,
     learning_rates: tuple[float, ...] = (1e-3,),
     teacher: str = "auto",
+    features: str = "teacher",
     compile: bool = False,
     num_workers: int = 0,
     skip_bad_images: bool = False,
@@ -49,6 +50,7 @@ def compare(
         batch_size: images a batch.
         learning_rates: of several, each arm gets the one that is best on a slice of real training images.
         teacher: as TeacherMatching takes it, but one.
+        features: the network by whose features the pictures are judged, as for `d4m evaluate`.
         compile: compile students and teacher.
         num_workers: processes that read images.
         skip_bad_images: leave out real images that cannot be read; by default they stop the work.
@@ -80,14 +82,14 @@ def compare(
         teacher=teacher,
     )
     make_writable(output.resolve(), "output")
-    network = network_of(protocol, source, sets[0], cache_dir)
+    network = network_of(features, protocol, source, sets[0], cache_dir)
     rows: list[dict[str, Any]] = []
     for number, each in enumerate(sets):
         arms_of_set = Arms(each, source, kept=output / "arms")
         runs = Trainings(arms_of_set, protocol, output / "runs.jsonl", compile, num_workers, cache_dir).run()
         folder = output / f"{number + 1}-{each.name}"
         folder.mkdir(exist_ok=True)
-        results = results_of(arms_of_set, protocol, runs, network, folder)
+        results = results_of(arms_of_set, protocol, runs, features, network, folder)
         rows += _rows(f"{number + 1} {each.name}", results["table"])
     write_csv(output / "comparison.csv", rows)
     return {f"{row['set']}, {row['student']}, {row['labels']}": _shown(row) for row in rows} | {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d4m_plugin.cache import make_writable, written_whole
 from d4m_plugin.card import write_card
@@ -21,7 +21,7 @@ from d4m_plugin.distillation import VERSIONS
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.evaluation.arms import Arm, Arms
 from d4m_plugin.evaluation.figures import Features
-from d4m_plugin.evaluation.pictures import features_of, judge, side_by_side
+from d4m_plugin.evaluation.pictures import features_of, judge, open_network, side_by_side
 from d4m_plugin.evaluation.report import write_report
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings
 from d4m_plugin.evaluation.sets import JudgedSet, open_set
@@ -32,7 +32,7 @@ from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import Resize, read_image, squares_of
 from d4m_plugin.subsets import at_most
-from d4m_plugin.teachers import Teacher, load_teacher
+from d4m_plugin.teachers import load_teacher
 
 QUICK = 500  # steps
 PAPER = 500  # passes over the distilled set
@@ -52,6 +52,7 @@ def evaluate(
     batch_size: int = 100,
     learning_rates: tuple[float, ...] = (1e-3,),
     teacher: str = "auto",
+    features: str = "teacher",
     diffusion: str | None = None,
     compile: bool = False,
     num_workers: int = 0,
@@ -79,7 +80,9 @@ def evaluate(
         budget: steps of each training: `quick` (500), `paper` (500 passes over the distilled set), or their number.
         batch_size: images a batch.
         learning_rates: of several, each arm gets the one that is best on a slice of real training images.
-        teacher: as TeacherMatching takes it, but one; its features judge the pictures.
+        teacher: as TeacherMatching takes it, but one.
+        features: the network by whose features the pictures are judged: `teacher`; `inception`, by which FID is
+            published (needs torch-fidelity); or torchvision:NAME, timm:NAME or transformers:ID.
         diffusion: where the set's diffusion model lies, for the arms that need it, where it is a folder.
         compile: compile students and teacher with `torch.compile`: for long trainings.
         num_workers: processes that read images.
@@ -107,10 +110,10 @@ def evaluate(
         teacher=teacher,
     )
     make_writable(folder, "output")
-    network = network_of(protocol, source, judged, cache_dir)
+    network = network_of(features, protocol, source, judged, cache_dir)
     arms_of_set = Arms(judged, source, diffusion, kept=folder / "arms")
     runs = Trainings(arms_of_set, protocol, folder / "runs.jsonl", compile, num_workers, cache_dir).run()
-    results = results_of(arms_of_set, protocol, runs, network, folder)
+    results = results_of(arms_of_set, protocol, runs, features, network, folder)
     _record(judged, results)
     verdicts = {f"verdict {n + 1}": sentence for n, sentence in enumerate(results["verdicts"])}
     return verdicts | {"report": folder / "report.html"}
@@ -120,7 +123,8 @@ def results_of(
     arms: Arms,
     protocol: Protocol,
     runs: Sequence[dict[str, Any]],
-    network: Teacher | None,
+    features: str,
+    network: nn.Module | None,
     folder: Path,
 ) -> dict[str, Any]:
     """Return what the trainings and a network, if there is one, say of a set, written to a folder as a report."""
@@ -138,7 +142,7 @@ def results_of(
             "image_size": judged.image_size,
             "fingerprint": judged.fingerprint,
         },
-        "protocol": dataclasses.asdict(protocol) | {"teacher": without_folders(protocol.teacher)},
+        "protocol": dataclasses.asdict(protocol) | {"teacher": without_folders(protocol.teacher), "features": features},
         "versions": {"python": platform.python_version()} | {package: version(package) for package in VERSIONS},
         "device": default_device().type,
         "runs": runs,
@@ -154,30 +158,36 @@ def results_of(
         file = judged.dataset.folder / "prototypes.png"
         with suppress(InputError):  # it may be missing, cut off, or huge
             pictures["The prototypes, through the VAE alone."] = read_image(file, str(file))
-    features: Features | None = None
+    seen: Features | None = None
     if network is not None:
         real, real_labels = _sample(source, judged.image_size, judged.resize)
-        figures = judge(network, without_folders(protocol.teacher), made, labels, real, real_labels)
+        of_source = features == "teacher"  # whose classes the teacher knows
+        name = f"the teacher {without_folders(protocol.teacher)}" if of_source else features
+        named = (labels, real_labels) if of_source else (None, None)
+        figures = judge(network, name, made, named[0], real, named[1])
         results["pictures"] = figures.as_dict() | {"real_images": len(real)}
         beside = side_by_side(made, real, figures.nearest, figures.nearest_distance)
         pictures["The distilled images that are nearest to a real one, beside it, with their distance."] = beside
-        features = (figures.made_features, labels, figures.real_features, real_labels)
-    write_report(results, folder, pictures, features)
+        seen = (figures.made_features, labels, figures.real_features, real_labels)
+    write_report(results, folder, pictures, seen)
     return results
 
 
-def network_of(protocol: Protocol, source: Source, judged: JudgedSet, cache_dir: Path | None) -> Teacher | None:
-    """Return the teacher, whose features judge the pictures; None where hard labels need none and there is none.
+def network_of(
+    features: str, protocol: Protocol, source: Source, judged: JudgedSet, cache_dir: Path | None
+) -> nn.Module | None:
+    """Return the network whose features judge the pictures; None of the teacher where hard labels do without one.
 
     Raises:
-        InputError: where there is no such teacher, or it has no features.
+        InputError: where there is no such network, or it has no features.
     """
     try:
-        network = load_teacher(protocol.teacher, source, cache_dir).to(default_device()).eval()
+        network = load_teacher(protocol.teacher, source, cache_dir) if features == "teacher" else open_network(features)
     except InputError:
-        if protocol.teacher != "auto" or "teacher" in protocol.labels:
+        if features != "teacher" or protocol.teacher != "auto" or "teacher" in protocol.labels:
             raise
         return None
+    network.to(default_device()).eval()
     features_of(network, judged.squares.pixels[:1])  # before the long work
     return network
 

@@ -231,7 +231,7 @@ def tsne(results: dict[str, Any], path: Path, features: Features) -> str:
         axis.scatter([], [], color=colour_of(colour), label=_short(names[label]))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     network = _plain(results["pictures"]["network"])
-    axis.set(xticks=[], yticks=[], title=f"t-SNE of the features of the teacher {network}")
+    axis.set(xticks=[], yticks=[], title=f"t-SNE of the features of {network}")
     figure.savefig(path, dpi=120)
     of_which = f" {len(shown)} of the {len(names):,} classes," if len(shown) < len(names) else ""
     return f"Distilled images (outlined triangles) among real training images (dots),{of_which} coloured by class."

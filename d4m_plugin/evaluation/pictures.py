@@ -5,20 +5,22 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from d4m_plugin.distillation import of_one_colour
 from d4m_plugin.errors import InputError
 from d4m_plugin.preview import grid
-from d4m_plugin.teachers import name_of
+from d4m_plugin.teachers import PRETRAINED, name_of, open_pretrained
 
 NEIGHBOURS = 5  # real ones in the ball around a real image; the authors' choice
 SUBSET = 100  # features of each side in one estimate of the kernel distance
@@ -35,8 +37,9 @@ class PictureFigures:
         frechet_distance: FID; of fewer images than features it is too large, so compare sets of one size only. None of
             more features than 4,096, with whose cube its time grows.
         kernel_distance: KID, which does not depend on the number of images.
-        inception_score: IS, from 1 to the number of classes.
-        agreement: share of the distilled images that the network names as their label says.
+        inception_score: IS, from 1 to the number of the network's classes.
+        agreement: share of the distilled images that the network names as their label says; None where its classes are
+            not theirs.
         real_agreement: the same of the real images, to compare it with.
         coverage: share of the real images that have a distilled one among their neighbours.
         near_copies: number of distilled images that are very near to one of the real images that are given.
@@ -50,8 +53,8 @@ class PictureFigures:
     frechet_distance: float | None
     kernel_distance: float
     inception_score: float
-    agreement: float
-    real_agreement: float
+    agreement: float | None
+    real_agreement: float | None
     coverage: float
     near_copies: int
     blank: int
@@ -70,9 +73,9 @@ def judge(
     network: nn.Module,
     name: str,
     made: Tensor,
-    made_labels: Tensor,
+    made_labels: Tensor | None,
     real: Tensor,
-    real_labels: Tensor,
+    real_labels: Tensor | None,
     seed: int = 0,
 ) -> PictureFigures:
     """Return the figures of distilled images.
@@ -81,9 +84,9 @@ def judge(
         network: a classifier in evaluation mode, such as a Teacher; see `features_of`.
         name: what the figures name it.
         made: the distilled images, uint8, shape (N, 3, H, W).
-        made_labels: their labels, int64, shape (N,).
+        made_labels: their labels, int64, shape (N,); None where they are not among the network's classes.
         real: real training images, uint8, shape (M, 3, H, W).
-        real_labels: their labels, int64, shape (M,).
+        real_labels: their labels, int64, shape (M,); or None.
         seed: decides the subsets of the kernel distance.
 
     Raises:
@@ -103,8 +106,8 @@ def judge(
         frechet_distance=frechet_distance(made_features, real_features) if wide <= MOST_FEATURES else None,
         kernel_distance=kernel_distance(made_features, real_features, seed),
         inception_score=inception_score(made_logits),
-        agreement=agreement(made_logits, made_labels),
-        real_agreement=agreement(real_logits, real_labels),
+        agreement=None if made_labels is None else agreement(made_logits, made_labels),
+        real_agreement=None if real_labels is None else agreement(real_logits, real_labels),
         coverage=coverage(neighbours(real_points, made_points)[0][:, 0], own[:, -1]),
         near_copies=near_copies(distances[:, 0], own[:, 0]),
         blank=blank(made),
@@ -143,7 +146,7 @@ def features_of(network: nn.Module, images: Tensor, batch_size: int = 100) -> tu
             if not last:
                 raise InputError(
                     f"the pictures cannot be judged by {name_of(network)}: it has no linear layer, whose input its "
-                    "features would be; use another `teacher`."
+                    "features would be; use another."
                 )
             features.append(last.pop().flatten(1).float().cpu())
             logits.append(output.float().cpu())
@@ -151,6 +154,56 @@ def features_of(network: nn.Module, images: Tensor, batch_size: int = 100) -> tu
         for hook in hooks:
             hook.remove()
     return torch.cat(features), torch.cat(logits)
+
+
+def open_network(name: str) -> nn.Module:
+    """Return a network that was trained on other classes, in evaluation mode, of images in [0, 1].
+
+    Args:
+        name: `inception`, or another library's classifier, such as `torchvision:resnet18`.
+
+    Raises:
+        InputError: where there is none.
+    """
+    network = _Inception() if name == "inception" else open_pretrained(name, "features")
+    if network is None:
+        raise InputError(f"`features` is {name!r}; use teacher, inception or {PRETRAINED}.")
+    return network
+
+
+class _Inception(nn.Module):
+    """The Inception-v3 by which FID, KID and IS are published, as torchmetrics runs it.
+
+    Its weights, 91 MB, are fetched once to torch's folder.
+
+    Raises:
+        InputError: where torch-fidelity, which has the network, is not installed, or the weights cannot be fetched.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+        except ImportError as error:
+            raise InputError("`features` is 'inception', which needs `pip install torch-fidelity`.") from error
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        try:  # torch-fidelity would unpickle whatever is there
+            torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, weights_only=True, map_location="cpu")
+            file = folder / URL_INCEPTION_V3.rpartition("/")[2]
+            self.network = NoTrainInceptionV3("inception", ["2048"], str(file))
+        except (OSError, RuntimeError, UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"`features` is 'inception', whose weights cannot be had from {URL_INCEPTION_V3} ({reason}); put that "
+                f"file into {str(folder)!r}."
+            ) from error
+        self.head = nn.Linear(2048, 1008, bias=False)  # the "unbiased logits" of the published IS
+        self.head.weight = self.network.fc.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, float32, shape (B, 1008), of images in [0, 1], shape (B, 3, H, W)."""
+        logits: Tensor = self.head(self.network((images * 255).round().to(torch.uint8)))
+        return logits
 
 
 class _Given(nn.Identity):

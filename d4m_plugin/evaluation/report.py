@@ -76,7 +76,7 @@ UNDER_THE_TABLE = (
 WHAT_FIGURES_SAY = {
     "frechet_distance": ("Fréchet distance (FID)", "to the real images, 0 is best; compare sets of one size only"),
     "kernel_distance": ("Kernel distance (KID)", "to the real images, 0 is best"),
-    "inception_score": ("Inception score (IS)", "from 1 to the number of classes"),
+    "inception_score": ("Inception score (IS)", "from 1 to the number of the network's classes"),
     "agreement": ("Named as their label", "of the distilled images"),
     "real_agreement": ("Real images named rightly", "of the real images, for comparison"),
     "coverage": ("Coverage", "of the real images have a distilled one among their five nearest"),
@@ -137,7 +137,7 @@ def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: d
         "<h2>Pictures</h2>",
         *(_figure(caption, picture) for caption, picture in pictures.items()),
         *_section(
-            f"What the features of the teacher {results['pictures'].get('network')} say of the pictures",
+            f"What the features of {results['pictures'].get('network')} say of the pictures",
             {
                 name: _told(key, results["pictures"][key], what)
                 for key, (name, what) in WHAT_FIGURES_SAY.items()
@@ -221,7 +221,7 @@ def _alike(judged: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
 def _command(protocol: dict[str, Any]) -> str:
     """Return the command of an evaluation; where the set and the real images lie is not recorded."""
     options = {name: json.dumps(list(protocol[name])) for name in ("arms", "labels", "students", "learning_rates")}
-    options |= {name: str(protocol[name]) for name in ("seeds", "batch_size", "teacher")}
+    options |= {name: str(protocol[name]) for name in ("seeds", "batch_size", "teacher", "features")}
     options["budget"] = str(protocol["steps"])
     told = [f"--{name} {shlex.quote(value)}" for name, value in options.items()]
     return " \\\n    ".join(["d4m evaluate SET --source SOURCE", *told])
