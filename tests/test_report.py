@@ -29,13 +29,13 @@ FIGURES = {"accuracy.png", "classes.png", "confusion.png", "losses.png", "tsne.p
 VOID = {"meta", "img", "br", "link", "input"}
 
 
-def results_of(classes, seeds=2):
+def results_of(classes, seeds=2, students=("convnet",)):
     arms, kinds = ("distilled", "random", "real"), ("teacher", "hard")
     runs = [
         {
             "arm": arm,
             "labels": labels,
-            "student": "convnet",
+            "student": student,
             "seed": seed,
             "lr": 1e-3,
             "accuracy": 0.5 + 0.02 * seed * place + 0.1 * (labels == "hard"),
@@ -45,6 +45,7 @@ def results_of(classes, seeds=2):
             "seconds": 1.0,
         }
         for seed in range(seeds)
+        for student in students
         for labels in kinds
         for place, arm in enumerate(arms)
     ]
@@ -63,7 +64,7 @@ def results_of(classes, seeds=2):
         "protocol": {
             "arms": arms,
             "labels": kinds,
-            "students": ["convnet"],
+            "students": list(students),
             "seeds": seeds,
             "steps": 2,
             "batch_size": 4,
@@ -142,6 +143,24 @@ def test_the_page_says_the_verdicts_first_in_words(tmp_path):
     assert "1,234: from 1 to" in text  # 1234.5, without an exponent
     assert "\N{MINUS SIGN}0.010: what the set gains" in text
     assert "Fréchet" not in text  # there is none
+
+
+def test_several_students_have_a_row_and_a_verdict_each(tmp_path):
+    students = ("convnet", "resnet18", "<vit>")
+    results = results_of(("cat", "dog"), students=students)
+    text = write_report(results, tmp_path, {}).read_text()
+    section = text.partition("Does the set serve other students?")[2].partition("<figure>")[0]
+    rows = re.findall("<tr>(.*?)</tr>", section)
+    heads = [re.findall("<th[^>]*>(.*?)</th>", row) for row in rows if "<th" in row]
+    assert (
+        heads == [["student", "distilled, %", "random, %", "real, %", "distilled against random", "distilled is"]] * 2
+    )
+    cells = [re.findall("<td>(.*?)</td>", row) for row in rows if "<td" in row]
+    assert [html.unescape(row[0]) for row in cells] == [*students] * 2
+    assert {(row[1], row[2], row[-1]) for row in cells[:3]} == {("50.0 ± 0.0", "51.0 ± 1.4", "not separable")}
+    verdicts = re.findall('<p class="verdict.*?</p>', text)
+    assert [sum(html.escape(student) in each for each in verdicts) for student in students] == [2, 2, 2]
+    assert "other students" not in write_report(results_of(("cat", "dog")), tmp_path, {}).read_text()
 
 
 def test_a_class_name_is_text_and_never_code(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 from d4m_plugin.cache import written_whole
 from d4m_plugin.card import accuracy, amount
 from d4m_plugin.evaluation.figures import Features, draw_all
-from d4m_plugin.evaluation.verdict import points_of
+from d4m_plugin.evaluation.verdict import LABELS, points_of
 
 WIDEST = 1600  # pixels of a picture in the page
 
@@ -132,7 +132,8 @@ def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: d
         f"<p>A distilled set of {html.escape(judged['source'])}: {size}.</p>",
         *_verdicts(results),
         "<h2>Accuracy on the real test images</h2>",
-        _table(results["table"]),
+        *_accuracies(results["table"]),
+        *_by_student(results["table"], protocol),
         *(_figure(caption, picture) for caption, picture in drawn.items()),
         "<h2>Pictures</h2>",
         *(_figure(caption, picture) for caption, picture in pictures.items()),
@@ -165,18 +166,43 @@ def _verdicts(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
+def _accuracies(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table of all trainings."""
     names = ("student", "labels", "trained on", "images", "accuracy, %", "distilled against it", "distilled is")
+    cells = [[row["student"], row["labels"], row["arm"], amount(row), accuracy(row), *_against(row)] for row in rows]
+    return [_table("accuracies", names, cells), f"<p>{UNDER_THE_TABLE}</p>"]
+
+
+def _by_student(rows: Sequence[dict[str, Any]], protocol: dict[str, Any]) -> list[str]:
+    """Return a table for each kind of labels that has a row for each student, where there are several."""
+    if len(protocol["students"]) < 2:
+        return []
+    arms = protocol["arms"]
+    found = {(row["labels"], row["student"], row["arm"]): row for row in rows}
+    parts = ["<h2>Does the set serve other students?</h2>"]
+    for labels in protocol["labels"]:
+        names = ["student", *(f"{arm}, %" for arm in arms), "distilled against random", "distilled is"]
+        cells = []
+        for student in protocol["students"]:
+            accuracies = [accuracy(found[labels, student, arm]) for arm in arms]
+            cells.append([student, *accuracies, *_against(found[labels, student, "random"])])
+        parts += [f"<p>By {LABELS[labels]}:</p>", _table(f"students, {labels} labels", names, cells)]
+    return parts
+
+
+def _against(row: dict[str, Any]) -> list[str]:
+    """Return what the distilled set is against an arm: the difference, and the verdict."""
+    return ["" if row["difference"] is None else points_of(row["difference"], row["interval"]), row["verdict"] or ""]
+
+
+def _table(label: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = []
-    for row in rows:
-        against = "" if row["difference"] is None else points_of(row["difference"], row["interval"])
-        cells = [row["student"], row["labels"], row["arm"], amount(row), accuracy(row)]
-        cells += [against, row["verdict"] or ""]
-        ours = ' class="ours"' if row["arm"] == "distilled" else ""
+    for cells in rows:
+        ours = ' class="ours"' if "distilled" in cells else ""
         lines.append(f"<tr{ours}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>\n")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
     table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody></table>"
-    return f"{_scrolling('accuracies', table)}\n<p>{UNDER_THE_TABLE}</p>"
+    return _scrolling(label, table)
 
 
 def _scrolling(label: str, wide: str) -> str:
