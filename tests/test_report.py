@@ -4,8 +4,12 @@ import csv
 import html
 import inspect
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import threading
 from html.parser import HTMLParser
 
 import numpy as np
@@ -161,6 +165,63 @@ def test_several_students_have_a_row_and_a_verdict_each(tmp_path):
     verdicts = re.findall('<p class="verdict.*?</p>', text)
     assert [sum(html.escape(student) in each for each in verdicts) for student in students] == [2, 2, 2]
     assert "other students" not in write_report(results_of(("cat", "dog")), tmp_path, {}).read_text()
+
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell"))), None
+)
+# A phone 390 pixels wide looks at the page, and says what it sees.
+PHONE = """<!doctype html><title>phone</title><iframe width="390" height="800" srcdoc="{page}"></iframe><script>
+onload = () => {{
+  const page = document.querySelector("iframe").contentDocument, body = page.body;
+  const style = (element) => page.defaultView.getComputedStyle(element);
+  const colours = (element) => [style(element).color, style(element).backgroundColor];
+  console.log("SEEN" + JSON.stringify({{
+    dark: page.defaultView.matchMedia("(prefers-color-scheme: dark)").matches,
+    width: page.documentElement.scrollWidth,
+    letters: parseFloat(style(body).fontSize),
+    pictures: [...page.images].map((picture) => picture.naturalWidth && picture.getBoundingClientRect().width),
+    colours: [body, page.querySelector(".verdict"), page.querySelector("tr.ours")].map(colours),
+  }}) + "SEEN");
+}};
+</script>"""
+
+
+def contrast(colours):
+    """As WCAG has it, of two such as "rgb(27, 31, 36)"."""
+    shares = [[int(number) / 255 for number in re.findall(r"\d+", colour)] for colour in colours]
+    linear = [[each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in rgb] for rgb in shares]
+    dark, light = sorted(0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in linear)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is found here; name one in the environment as CHROMIUM")
+@pytest.mark.parametrize("dark", [True, False])
+def test_the_page_reads_well_on_a_phone(tmp_path, features, dark):
+    results = results_of(("cat", "a" * 200), students=("convnet", "resnet18"))
+    page = write_report(results, tmp_path, {"distilled": Image.new("RGB", (1600, 64))}, features).read_text()
+    (tmp_path / "phone.html").write_text(PHONE.format(page=html.escape(page)))
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    words = ["--headless", "--no-sandbox", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'user'}", scheme]
+    command = [CHROMIUM, *words, f"file://{tmp_path / 'phone.html'}"]
+    said = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as browser:
+        timer = threading.Timer(60, browser.kill)
+        timer.start()
+        for line in browser.stderr:
+            said += [line] if ":CONSOLE" in line else []
+            if "SEEN" in line:
+                break
+        timer.cancel()
+        browser.kill()
+    (line,) = said  # and nothing else, such as an error
+    seen = json.loads(line.split("SEEN")[1])
+    assert seen["dark"] == dark
+    assert seen["width"] <= 390
+    assert seen["letters"] >= 16
+    assert len(seen["pictures"]) == len(FIGURES) + 1
+    assert all(0 < width <= 390 for width in seen["pictures"])
+    assert all(contrast(pair) > 7 for pair in seen["colours"])
 
 
 def test_a_class_name_is_text_and_never_code(tmp_path):
