@@ -34,6 +34,6 @@ def _letters(file: str) -> frozenset[int]:
 
     try:
         font = FT2Font(file)
-    except RuntimeError:  # removed since matplotlib listed it, or damaged
+    except (OSError, RuntimeError):  # removed since matplotlib listed it, or damaged
         return frozenset()
     return frozenset(font.get_charmap()) if font.scalable else frozenset()

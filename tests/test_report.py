@@ -153,7 +153,7 @@ def test_several_students_have_a_row_and_a_verdict_each(tmp_path):
     students = ("convnet", "resnet18", "<vit>")
     results = results_of(("cat", "dog"), students=students)
     text = write_report(results, tmp_path, {}).read_text()
-    section = text.partition("Does the set serve other students?")[2].partition("<figure>")[0]
+    section = text.partition("Does the set serve other students?")[2].partition("<h2>")[0]
     rows = re.findall("<tr>(.*?)</tr>", section)
     heads = [re.findall("<th[^>]*>(.*?)</th>", row) for row in rows if "<th" in row]
     assert (
