@@ -404,7 +404,7 @@ def test_a_picture_of_the_prototypes_that_cannot_be_shown_is_left_out(arms, tmp_
         file.write_bytes(
             {"none": whole, "cut off": whole[: len(whole) // 2], "huge": huge, "no picture": b"GIF"}[damage]
         )
-    results = results_of(arms, protocol(seeds=1), runs_of([0.5], [0.4]), None, tmp_path)
+    results = results_of(arms, protocol(seeds=1), runs_of([0.5], [0.4]), "teacher", None, tmp_path)
     assert results["pictures"] == {}
     page = (tmp_path / "report.html").read_text()
     assert "The distilled images." in page
