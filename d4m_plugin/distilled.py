@@ -11,7 +11,9 @@ import hashlib
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,9 @@ ROWS = 64  # read at once
 
 
 class DistilledDataset(VisionDataset):
-    """A distilled set, of a folder or of the Hub, as a torchvision dataset of (PIL image, label), held in memory.
+    """A distilled set, of a folder or of the Hub, as a torchvision dataset of (PIL image, label).
 
     Attributes:
-        images: uint8, shape (N, 3, H, W), class by class.
         targets: the label of each image, in [0, len(classes)).
         classes: the class names in the order of the labels.
         weights: the share of its class that each image's prototype stands for, float32, shape (N,).
@@ -84,8 +85,8 @@ class DistilledDataset(VisionDataset):
         self.metadata = read_record(self.folder)
         self.recipe: dict[str, Any] = self.metadata["recipe"]
         self.classes: list[str] = self.metadata["source"]["classes"]
-        columns = _read_parquet(self.folder, self.metadata)
-        self.images, self.weights = columns["image"], columns["weight"]
+        columns = _read_columns(self.folder, self.metadata)
+        self.weights = columns["weight"]
         self.targets: list[int] = columns["label"].tolist()
         self.logits: Tensor | None = None
         if "logits" in columns:
@@ -118,6 +119,11 @@ class DistilledDataset(VisionDataset):
             InputError: where the Hub refuses; the set here stays as it is.
         """
         return push(self, repo_id, private, tag, source_license, model_license)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The images, uint8, shape (N, 3, H, W), class by class: read when they are first asked for, and held."""
+        return _read_images(self.folder, len(self), self.recipe["image_size"])
 
     @property
     def preview(self) -> Path:
@@ -163,17 +169,17 @@ def shards(folder: Path) -> list[Path]:
     return found
 
 
-def _read_parquet(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the columns of a set that training needs, as its record says them to be.
+def _read_columns(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the columns of a set that training needs, but for the images, as its record says them to be.
 
     Returns:
-        `image`, uint8, shape (N, 3, H, W); `label`, int64, and `weight`, float32, shape (N,); where a teacher's are
-        stored, `logits`, float16, shape (N, classes).
+        `label`, int64, and `weight`, float32, shape (N,); where a teacher's are stored, `logits`, float16, shape
+        (N, classes).
 
     Raises:
-        InputError: where they are something else.
+        InputError: where they, or the type of the images, are something else.
     """
-    classes, ipc, size = len(record["source"]["classes"]), record["recipe"]["ipc"], record["recipe"]["image_size"]
+    classes, ipc = len(record["source"]["classes"]), record["recipe"]["ipc"]
     types = {
         "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
         "label": pa.int64(),
@@ -181,55 +187,65 @@ def _read_parquet(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
     }
     if "labels" in record:
         types["logits"] = pa.list_(pa.float16(), classes)
-    paths = shards(folder)
-    try:
-        columns = _columns([pq.ParquetFile(path) for path in paths], types, classes * ipc, size)
+    with _told_of(folder):
+        files = [pq.ParquetFile(path) for path in shards(folder)]
+        for file, (name, wanted) in itertools.product(files, types.items()):
+            found = [field.type for field in file.schema_arrow if field.name == name]
+            if found != [wanted]:
+                raise ValueError(f"column {name!r} is {found[0] if found else 'missing'}; it must be {wanted}")
+        if (there := sum(file.metadata.num_rows for file in files)) != classes * ipc:
+            raise ValueError(f"it has {there:,} rows; it must have {classes * ipc:,}")
+        columns = {
+            name: torch.cat([torch.tensor(values.to_numpy(zero_copy_only=False)) for values in _batches(files, name)])
+            for name in types
+            if name != "image"
+        }
         if columns["label"].tolist() != [label for label in range(classes) for _ in range(ipc)]:
             raise ValueError(f"column 'label' is not {ipc} images of each of {classes} classes, class by class")
         if not ((columns["weight"] > 0) & (columns["weight"] <= 1)).all():
             raise ValueError("column 'weight' has shares that are not in (0, 1]")
         if not columns.get("logits", columns["weight"]).isfinite().all():
             raise ValueError("column 'logits' has values that are no numbers")
-    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise InputError(f"{str(folder / PARQUET)!r} is missing or damaged ({reason}).") from error
     return columns
 
 
-def _columns(files: list[pq.ParquetFile], types: dict[str, pa.DataType], rows: int, size: int) -> dict[str, Tensor]:
-    """Return columns of parquet files, a few rows at a time; no more is read than what is expected.
+def _read_images(folder: Path, rows: int, size: int) -> Tensor:
+    """Return the images of a set, uint8, shape (rows, 3, size, size), decoded a few at a time.
 
-    Args:
-        files: all of the same columns.
-        types: the columns' names and types.
-        rows: how many there must be.
-        size: edge in pixels that images must have.
+    Raises:
+        InputError: where they are something else.
     """
-    for file, (name, wanted) in itertools.product(files, types.items()):
-        found = [field.type for field in file.schema_arrow if field.name == name]
-        if found != [wanted]:
-            raise ValueError(f"column {name!r} is {found[0] if found else 'missing'}; it must be {wanted}")
-    if (there := sum(file.metadata.num_rows for file in files)) != rows:
-        raise ValueError(f"it has {there:,} rows; it must have {rows:,}")
-    try:
-        images = torch.empty(rows, 3, size, size, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise ValueError(f"{rows:,} images of {size:,} pixels do not fit in memory") from error
-    parts: dict[str, list[Tensor]] = {name: [] for name in types if name != "image"}
-    row = 0
-    leaves = ["image.bytes", *parts]
-    for batch in itertools.chain.from_iterable(file.iter_batches(ROWS, columns=leaves) for file in files):
-        if row + len(batch) > rows:
-            raise ValueError(f"it has more rows than it says, {rows:,}")
-        for name, part in parts.items():
-            part.append(torch.tensor(_values(batch[name], name).to_numpy(zero_copy_only=False)))
-        for encoded in _values(batch["image"], "image"):
+    with _told_of(folder):
+        try:
+            images = torch.empty(rows, 3, size, size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise ValueError(f"{rows:,} images of {size:,} pixels do not fit in memory") from error
+        files = map(pq.ParquetFile, shards(folder))
+        for row, encoded in enumerate(itertools.chain.from_iterable(_batches(files, "image"))):
+            if row == rows:
+                raise ValueError(f"it has more rows than it says, {rows:,}")
             image = read_image(io.BytesIO(encoded.as_py()), f"row {row}")
             if image.size != (size, size):
                 raise ValueError(f"row {row} has {image.width} by {image.height} pixels; it must have {size} by {size}")
             images[row] = pil_to_tensor(image)
-            row += 1
-    return {"image": images, **{name: torch.cat(part) for name, part in parts.items()}}
+    return images
+
+
+@contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
+    """Tell of what is wrong with a set's parquet files in one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise InputError(f"{str(folder / PARQUET)!r} is missing or damaged ({reason}).") from error
+
+
+def _batches(files: Iterable[pq.ParquetFile], name: str) -> Iterator[pa.Array]:
+    """Yield the values of a column, a few rows at a time."""
+    for file in files:
+        for batch in file.iter_batches(ROWS, columns=["image.bytes" if name == "image" else name]):
+            yield _values(batch[name], name)
 
 
 def _values(column: pa.Array, name: str) -> pa.Array:

@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 
 from d4m_plugin import DistilledDataset, InputError, Recipe, distill
 from d4m_plugin.card import merged_card, write_card
-from d4m_plugin.checking import read_json
 from d4m_plugin.distilled import read_prototypes
 from d4m_plugin.evaluation.runs import Row
 from d4m_plugin.evaluation.sets import open_set
 from d4m_plugin.hub import card_of
 from d4m_plugin.models.classifier import ImageClassifier
 from d4m_plugin.teachers import load_teacher, save_teacher
+from d4m_plugin.units import _checksum_of_row, load_json
 from tests.toys import Squares
 
 EXECUTES = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class"}
@@ -95,7 +95,18 @@ def made(source, tmp_path_factory):
     made = distill(source, recipe, output=folder / "set", cache_dir=folder / "cache")
     results = {
         "verdicts": {"It is better.": "better"},
-        "table": [{"student": "convnet", "labels": "hard", "arm": "random", "images": 6, "mean": 0.5, "std": None}],
+        "table": [
+            {
+                "student": "convnet",
+                "labels": "hard",
+                "arm": "random",
+                "images": 6,
+                "bytes": 99,
+                "mean": 0.5,
+                "std": None,
+                "diverged": [],
+            }
+        ],
         "protocol": {"seeds": 1, "steps": 2, "batch_size": 3, "teacher": "digits"},
     }
     labels = {"teacher": "digits", "tried": "names 99%"}
@@ -122,6 +133,7 @@ def check_reading(folder):
     """Read a set; where it can be read, what it holds fits together, and its card can be written and read."""
     try:
         dataset = DistilledDataset(folder.parent)
+        _ = dataset.images
     except InputError as error:
         assert_one_sentence(error)
         return
@@ -339,17 +351,22 @@ def test_any_readme_is_kept_or_told(made, data):
 
 
 @given(st.data())
-def test_any_line_of_a_record_of_trainings_is_read_or_told(data):
-    row = {"key": "k", "arm": "real", "labels": "hard", "student": "convnet", "seed": 0, "accuracy": 0.5}
-    row |= {"confusion": [[1, 0], [0, 1]], "losses": [[1, 0.5]]}
-    line = json.dumps(with_edits(row, data.draw(edits_of(row)))).encode()
-    with watched("nowhere"):
+def test_any_record_of_a_training_is_read_or_told(data):
+    row = {"arm": "real", "labels": "hard", "student": "convnet", "seed": 0, "lr": 1e-3, "choosing": False}
+    row |= {"accuracy": 0.5, "accuracies": [0.5, None], "confusion": [[1, 0], [0, 1]], "losses": [[1, 0.5]]}
+    row |= {"seconds": 1.5}
+    with tempfile.TemporaryDirectory() as folder, watched(folder):
+        path = Path(folder) / "training.json"
+        edited = with_edits(row, data.draw(edits_of(row)))
+        path.write_text(json.dumps({"row": edited, "checksum": _checksum_of_row(path.name, edited)}))
+        if data.draw(st.booleans()):
+            path.write_bytes(mutated(path.read_bytes(), data.draw(mutations)))
         try:
-            found = read_json(mutated(line, data.draw(mutations)) if data.draw(st.booleans()) else line, Row, "line 1")
+            found = load_json(path, Row)
         except InputError as error:
             assert_one_sentence(error)
         else:
-            assert isinstance(found["key"], str)
+            assert isinstance(found["accuracy"], float | int | None)
 
 
 @given(st.dictionaries(st.sampled_from([*Recipe.__annotations__]), anything, max_size=3))

@@ -37,6 +37,9 @@ PARQUET = "train-00000-of-00001.parquet"
 NAMES = ["../../x", "/etc", "a\nb", "--- <b>x</b> `|`", "</td><script>alert(1)</script>", "n: [1", "x" * 10_000]
 
 
+ROW = {"labels": "x", "arm": "y", "images": 1, "bytes": None, "mean": 0.5, "std": None, "diverged": []}
+
+
 @pytest.fixture
 def made(squares, tmp_path):
     return distill(squares, RECIPE, output=tmp_path / "set")
@@ -45,7 +48,7 @@ def made(squares, tmp_path):
 def told(root):
     """The one sentence that reading a set ends with."""
     with pytest.raises(InputError) as error:
-        DistilledDataset(root)
+        _ = DistilledDataset(root).images
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -321,7 +324,7 @@ def test_markup_of_others_is_text_on_a_card(made):
         "model": made.metadata["model"] | {"license": hostile},
         "results": {
             "verdicts": {hostile: None},
-            "table": [{"student": hostile, "labels": "x", "arm": "y", "images": 1, "mean": 0.5, "std": None}],
+            "table": [ROW | {"student": hostile}],
             "protocol": {"seeds": 1, "steps": 1, "batch_size": 1, "teacher": hostile},
         },
     }
