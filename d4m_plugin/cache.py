@@ -1,5 +1,6 @@
 """Where finished and unfinished work is kept."""
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -7,6 +8,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from d4m_plugin.errors import InputError
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def refusal_of(error: BaseException) -> str | None:
+    """Return what to tell of a disk that is full or takes no writing; None of any other error."""
+    if not isinstance(error, OSError) or error.errno not in REFUSALS:
+        return None
+    what = "the disk" if error.filename is None else repr(str(error.filename))
+    return f"{what} could not be written ({error.strerror}); what is done is kept: mend that and start again."
 
 
 def resolve_cache_dir(cache_dir: str | Path | None = None) -> Path:
@@ -54,7 +65,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def flush(path: Path) -> None:
     """Have a file, or a folder's list of files, outlast a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

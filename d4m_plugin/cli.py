@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from d4m_plugin.cache import refusal_of
 from d4m_plugin.errors import InputError, InputWarning
 
 LIGHTNING_COMMANDS = {
@@ -35,6 +36,7 @@ FUNCTION_COMMANDS = {
     "cache": "list, verify or remove what is kept of sets, latents and teachers",
 }
 LOG = logging.getLogger("d4m_plugin")
+LOG.addHandler(logging.NullHandler())  # else Python says its warnings a second time
 COMMANDS = LIGHTNING_COMMANDS | FUNCTION_COMMANDS
 
 
@@ -99,6 +101,8 @@ def _to_the_user(run: Callable[[], None]) -> None:
             _fail(str(error))
         if type(error).__name__ == "UnpicklingError":  # torch's, of what Lightning gives it
             _fail("the checkpoint is damaged, or holds more than tensors: it is not read, since that could run code.")
+        if refusal := refusal_of(error):
+            _fail(refusal)
         cause = _input_error(error)
         if cause is None:
             raise
@@ -115,14 +119,16 @@ def _in_one_line(
 ) -> str:
     """Say a warning about the user's data without the line of code that gave it."""
     if issubclass(category, InputWarning):
-        LOG.warning(message)
-        return f"warning: {_printable(str(message))}\n"
+        told = f"warning: {_printable(str(message))}"
+        LOG.warning(told)
+        return f"{told}\n"
     return _in_full(message, category, filename, lineno, line)
 
 
 def _fail(sentence: str) -> NoReturn:
-    print(f"error: {_printable(' '.join(sentence.split()))}", file=sys.stderr)
-    LOG.error(sentence)
+    told = f"error: {_printable(' '.join(sentence.split()))}"
+    print(told, file=sys.stderr)
+    LOG.error(told)
     sys.exit(2)
 
 

@@ -6,24 +6,25 @@ finished folder appears by one rename.
 """
 
 import dataclasses
-import errno
 import json
 import math
 import os
 import shutil
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from d4m_plugin.assembling import MODELS, write_set
-from d4m_plugin.cache import flush, make_writable, resolve_cache_dir
+from d4m_plugin.cache import flush, make_writable, refusal_of, resolve_cache_dir
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
 from d4m_plugin.distilled import DistilledDataset
@@ -40,7 +41,6 @@ from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import at_most
 from d4m_plugin.units import SILENCE, DamagedError, Units, load_tensors, save_tensors
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 BLOCK = 50  # images a unit of synthesis; fixed, so that the units do not depend on the batch size
 
 
@@ -95,35 +95,32 @@ def distill(
     else:
         folder = cache / "sets" / f"{source.name}-{resolved.config_name}-{fingerprint}"
         folder.parent.mkdir(exist_ok=True)
+    work = folder.with_name(f"{folder.name}.partial") / fingerprint
     try:
         with torch.random.fork_rng(devices=[]):  # so that training goes on alike from a set made or found
-            _make(folder, fingerprint, source, resolved, cache, (batch_size, num_workers, keep_latents, compile))
+            _make(folder, work, source, resolved, cache, (batch_size, num_workers, keep_latents, compile))
+    except DamagedError as error:  # since it was checked
+        raise InputError(f"{error} Start again: it is made anew.") from error
     except OSError as error:
-        refused = isinstance(error, PermissionError) and str(error.filename).startswith(
-            (str(folder.parent), str(cache))
-        )
-        if error.errno not in DISK_ERRORS and not refused:
-            raise
-        raise InputError(
-            f"{error.filename or str(folder)!r} could not be written ({error.strerror}); what is done is kept: mend "
-            "that and start again."
-        ) from error
+        if refusal := refusal_of(error):
+            raise InputError(refusal) from error
+        raise
     dataset = DistilledDataset(folder)
     if dataset.metadata["fingerprint"] != fingerprint:
         raise InputError(f"`output` is {str(folder)!r}, a set of another source or recipe; name another folder.")
+    _remove(work)
     return dataset
 
 
 def _make(
     folder: Path,
-    fingerprint: str,
+    work: Path,
     source: Source,
     recipe: ResolvedRecipe,
     cache: Path,
     options: tuple[int, int, bool, bool],
 ) -> None:
-    """Leave the finished set in a folder, made by this process or others, and remove what it was made from."""
-    work = folder.with_name(f"{folder.name}.partial") / fingerprint
+    """Leave the finished set in a folder, made in another by this process and others."""
     if not _is_finished(folder):
         work.mkdir(parents=True, exist_ok=True)
         try:
@@ -132,10 +129,14 @@ def _make(
         except OSError:
             if not _is_finished(folder):  # else another process was first, and removed the work
                 raise
-    removed = work.with_name(f".{fingerprint}.removed")
+
+
+def _remove(work: Path) -> None:
+    """Remove what a set was made from, which another process may be looking at."""
+    removed = work.with_name(f".{work.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)  # what a killed process left of it
     with suppress(OSError):  # there may be nothing
-        work.replace(removed)  # at once, for others that look there
+        work.replace(removed)  # all at once
         shutil.rmtree(removed)
     with suppress(OSError):  # another recipe's work may be there
         work.parent.rmdir()
@@ -205,9 +206,11 @@ def _distil_into(
             for name in free:
                 if not _is_finished(folder):
                     own = work / f"set.{socket.gethostname()}.{os.getpid()}"
-                    shutil.rmtree(own, ignore_errors=True)
-                    write_set(own, work.name, source, recipe, model, classes, blocks)
-                    own.replace(folder)
+                    try:
+                        write_set(own, work.name, source, recipe, model, classes, blocks)
+                        own.replace(folder)
+                    finally:
+                        shutil.rmtree(own, ignore_errors=True)  # as after an error: the disk may be full
                     with suppress(OSError):  # not every file system can
                         flush(folder.parent)
                 (work / name).touch()
@@ -270,7 +273,7 @@ def make_prototypes(
         nonlocal class_in_hand
         if class_in_hand:
             class_in_hand.result()
-        class_in_hand = beside.submit(finish, label, latents, encoding)
+        class_in_hand = _beside(partial(finish, label, latents, encoding))
 
     def not_encoded(labels: Iterable[int]) -> Iterator[int]:
         for label in labels:
@@ -281,22 +284,33 @@ def make_prototypes(
             else:
                 hand_on(label, latents, time.perf_counter() - started)
 
-    beside = ThreadPoolExecutor(1)
-    try:
-        with (
-            Progress("Encoding", sum(counts.values())) as progress,
-            Units(work, sizes, load_tensors, progress) as classes,
-        ):
-            for free in classes.rounds():
+    with (
+        Progress("Encoding", sum(counts.values())) as progress,
+        Units(work, sizes, load_tensors, progress) as classes,
+    ):
+        for free in classes.rounds():
+            started = time.perf_counter()
+            for label, latents in encoded(not_encoded(labels[name] for name in free), progress):
+                save_tensors(_latents_file(kept if keep_latents else work, label), {"latents": latents})
+                hand_on(label, latents, time.perf_counter() - started)
                 started = time.perf_counter()
-                for label, latents in encoded(not_encoded(labels[name] for name in free), progress):
-                    save_tensors(_latents_file(kept if keep_latents else work, label), {"latents": latents})
-                    hand_on(label, latents, time.perf_counter() - started)
-                    started = time.perf_counter()
-                if class_in_hand:
-                    class_in_hand.result()
-    finally:
-        beside.shutdown(wait=False)  # whoever stops the work does not wait for a clustering
+            if class_in_hand:
+                class_in_hand.result()
+
+
+def _beside(work: Callable[[], None]) -> "Future[None]":
+    """Run work beside this thread; it does not keep the process from ending."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:  # whoever waits for the result is told
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _read_latents(folders: Sequence[Path], label: int) -> Tensor | None:

@@ -1,10 +1,11 @@
 """`d4m cache`: what the cache holds, whether it is whole, and what can go."""
 
-import json
+import os
 import re
 import shutil
+import socket
 import time
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from filelock import FileLock, Timeout
 from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.distilled import checksums
 from d4m_plugin.errors import InputError
+from d4m_plugin.record import read_record
 from d4m_plugin.units import DamagedError, load_tensors
 
 Action = Literal["list", "verify", "remove", "prune"]
@@ -54,10 +56,11 @@ def cache(
         found = {name: _damaged(path) for name, path in chosen.items()}
         damaged = {name: files for name, files in found.items() if files}
         if damaged:
-            told = "; ".join(f"{name} ({', '.join(files)})" for name, files in damaged.items())
+            named = "; ".join(f"{name} ({', '.join(files)})" for name, files in damaged.items())
             remedy = f"d4m cache remove {' '.join(damaged)}"
-            raise InputError(f"{len(damaged)} of {len(chosen)} are damaged: {told}. Remove them by `{remedy}`.")
-        return {name: "without checksums" if files is None else "whole" for name, files in found.items()}
+            raise InputError(f"{len(damaged)} of {len(chosen)} are damaged: {named}. Remove them by `{remedy}`.")
+        told = {name: "without checksums" if files is None else "whole" for name, files in found.items()}
+        return told or {"empty": root}
     if action == "remove" and not names:
         raise InputError("`names` is empty; name what is to be removed, as `d4m cache list` tells it.")
     old = time.time() - older_than * DAY
@@ -66,26 +69,36 @@ def cache(
 
 
 def _entries(root: Path) -> dict[str, Path]:
-    """Return what is in the cache by its name: each folder or file of each part."""
-    found = sorted(path for part in ("sets", "latents", "teachers") for path in (root / part).glob("*"))
-    return {str(path.relative_to(root)): path for path in found if path.suffix != ".lock"}
+    """Return what is in the cache by its name: each folder or file of each part, and what killed processes left."""
+    found = {path for part in ("sets", "latents", "teachers") for path in (root / part).glob("*")}
+    left = {path for path in root.rglob(".*") if ASIDE.fullmatch(path.name)}
+    return {str(path.relative_to(root)): path for path in sorted(found | left) if path.suffix != ".lock"}
 
 
 def _unfinished(path: Path) -> bool:
     return path.suffix == ".partial" or ASIDE.fullmatch(path.name) is not None
 
 
-def _files(path: Path) -> list[Path]:
-    return [each for each in (path, *path.rglob("*")) if each.is_file()]
+def _sizes(path: Path) -> dict[Path, int]:
+    """Return the bytes of each file; those that another process takes away meanwhile are left out."""
+    sizes = {}
+    for each in (path, *path.rglob("*")):
+        with suppress(FileNotFoundError):
+            if each.is_file():
+                sizes[each] = each.stat().st_size
+    return sizes
 
 
 def _size(path: Path) -> str:
-    size = sum(file.stat().st_size for file in _files(path)) / 1e6
-    return f"{size:,.1f} MB"
+    return f"{sum(_sizes(path).values()) / 1e6:,.1f} MB"
 
 
 def _touched(path: Path) -> float:
-    return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+    latest = 0.0
+    for each in (path, *path.rglob("*")):
+        with suppress(FileNotFoundError):
+            latest = max(latest, each.stat().st_mtime)
+    return latest
 
 
 def _described(path: Path) -> str:
@@ -98,19 +111,20 @@ def _described(path: Path) -> str:
         return ", ".join([*told, "left by a process that was killed"])
     for record in path.glob("*/d4m.json"):
         try:
-            metadata = json.loads(record.read_text(encoding="utf-8"))
-            recipe, source = metadata["recipe"], metadata["source"]
-            options = (f"{name} {recipe[name]}" for name in ("ipc", "strength", "guidance_scale", "seed"))
-            told += [f"finished: {source['name']} by {recipe['diffusion']}", *options]
-        except (ValueError, KeyError, TypeError):
+            metadata = read_record(record.parent)
+        except InputError:
             told.append("damaged")
+            continue
+        recipe = metadata["recipe"]
+        options = (f"{name} {recipe[name]}" for name in ("ipc", "strength", "guidance_scale", "seed"))
+        told += [f"finished: {metadata['source']['name']} by {recipe['diffusion']}", *options]
     return ", ".join(told)
 
 
 def _damaged(path: Path) -> list[str] | None:
     """Return which files are not what was written; None where nothing has a checksum."""
     records = list(path.glob("*/d4m.json"))
-    units = [file for file in _files(path) if file.suffix == ".safetensors"]
+    units = [file for file in _sizes(path) if file.suffix == ".safetensors"]
     if path.suffix == ".partial" or path.parent.name == "latents":
         return [file.name for file in units if not _is_whole(file)]
     return [name for record in records for name in _damaged_of_set(record)] if records else None
@@ -119,15 +133,17 @@ def _damaged(path: Path) -> list[str] | None:
 def _is_whole(unit: Path) -> bool:
     try:
         load_tensors(unit)
-    except (DamagedError, FileNotFoundError):
+    except DamagedError:
         return False
+    except FileNotFoundError:  # another process has it now
+        return True
     return True
 
 
 def _damaged_of_set(record: Path) -> list[str]:
     try:
-        known: dict[str, str] = json.loads(record.read_text(encoding="utf-8"))["checksums"]
-    except (ValueError, KeyError, TypeError):
+        known: dict[str, str] = read_record(record.parent)["checksums"]
+    except InputError:
         return [record.name]
     found = checksums(record.parent)
     return [name for name, checksum in known.items() if found.get(name) != checksum]
@@ -136,14 +152,16 @@ def _damaged_of_set(record: Path) -> list[str]:
 def _remove(name: str, path: Path) -> str:
     """Remove a file or folder, of which no other process holds a unit, and return its size."""
     size = _size(path)
-    with ExitStack() as held:
-        for lock in path.rglob("*.lock"):
-            try:
-                held.enter_context(FileLock(lock, blocking=False))
-            except Timeout as error:
-                raise InputError(f"{name!r} is in use by another process; stop it first.") from error
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    for lock in path.rglob("*.lock"):
+        try:
+            with FileLock(lock, blocking=False):
+                pass
+        except Timeout as error:
+            raise InputError(f"{name!r} is in use by another process; stop it first.") from error
+    if path.is_dir():
+        going = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+        path.replace(going)  # all at once, so that nobody reads half of it
+        shutil.rmtree(going)
+    else:
+        path.unlink()
     return size

@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) 
     """Run the body in a process for each device, and tell each whether it is the first of all.
 
     Where neither torchrun nor SLURM has started processes, the others run the same command as this one, silently.
-    They end with this one where it fails or is told to stop. Where one of them fails, the rest do its part.
+    They end with this one: when it is done, so is the work. Where one of them fails, the rest do its part.
 
     Args:
         devices: of this machine; `auto`, all accelerators, or one process on a CPU.
@@ -46,11 +47,12 @@ def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) 
     there = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     count = (there or 1) if devices == "auto" else devices
     most = there or os.cpu_count() or 1
-    if not 1 <= count <= most:
+    started_here = not environment.creates_processes_externally  # others may show each process its own device alone
+    if count < 1 or (started_here and count > most):
         raise InputError(f"`devices` is {devices}; this machine has {most}.")
     if num_nodes < 1:
         raise InputError(f"`num_nodes` is {num_nodes}; it must be at least 1.")
-    if environment.creates_processes_externally and (devices != "auto" or num_nodes > 1):
+    if not started_here and (devices != "auto" or num_nodes > 1):
         try:
             environment.validate_settings(count, num_nodes)
         except ValueError as error:
@@ -60,16 +62,21 @@ def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) 
         torch.accelerator.set_device_index(here % there)
     elif count > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
-    others = [] if environment.creates_processes_externally else [_Other(number) for number in range(1, count)]
-    terminated = signal.signal(signal.SIGTERM, _stop)
+    others: list[_Other] = []
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
+        others += [_Other(number) for number in range(1, count if started_here else 1)]
         yield is_first()
+        deadline = time.monotonic() + GRACE
         for other in others:
-            other.wait()
+            other.wait(deadline)
     finally:
-        signal.signal(signal.SIGTERM, terminated)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         for other in others:
-            other.end()
+            other.process.terminate()
+        deadline = time.monotonic() + GRACE
+        for other in others:
+            other.end(deadline)
 
 
 def is_first() -> bool:
@@ -97,23 +104,24 @@ class _Other:
     def __init__(self, number: int) -> None:
         self.number = number
         self.said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
-        command = [sys.executable, "-m", "d4m_plugin", *sys.argv[1:]]
+        command = [sys.executable, "-P", "-m", "d4m_plugin", *sys.argv[1:]]  # -P: as of a script, its path first
         environment = os.environ | {"LOCAL_RANK": str(number)}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=self.said)
 
-    def wait(self) -> None:
-        """Wait for its end, and tell of a failure by the last thing that it said."""
-        if status := self.process.wait():
+    def wait(self, deadline: float) -> None:
+        """Wait for its end until a moment, and tell of a failure by the last thing that it said."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0, deadline - time.monotonic()))
+        if status := self.process.returncode:
             self.said.seek(0)
             *_, last = ["", *self.said.read().decode(errors="replace").splitlines()]
             sentence = f"process {self.number} ended with status {status}, and the others did its part: {last}"
             warnings.warn(sentence, InputWarning, stacklevel=2)
 
-    def end(self) -> None:
-        """End it where it still runs."""
-        self.process.terminate()
+    def end(self, deadline: float) -> None:
+        """End it where it still runs at a moment."""
         try:
-            self.process.wait(GRACE)
+            self.process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 
 from d4m_plugin.cache import resolve_cache_dir, written_whole
@@ -14,6 +13,7 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.progress import Progress
 from d4m_plugin.sources import Digits, LabelledImages, Source
 from d4m_plugin.subsets import Chosen
+from d4m_plugin.units import in_turn
 
 SHOWN = 5  # bad files that the error itself names
 BATCH = 64  # images that a worker tries before it reports
@@ -30,7 +30,7 @@ def find_bad(images: LabelledImages, fingerprint: str, cache: Path, num_workers:
     """
     file = cache / "screened" / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.tsv"
     file.parent.mkdir(exist_ok=True)
-    with FileLock(f"{file}.lock"):  # one process reads, the others wait
+    with in_turn(file, "checks the images"):
         if file.exists():
             listed = [int(line.split("\t")[0]) for line in file.read_text(encoding="utf-8").splitlines()]
         else:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.sources.names import match_classes, readable
+from d4m_plugin.units import in_turn
 
 CHANCE_SAMPLE = 256  # real images that a teacher is tried on
 CHANCE_BATCH = 32
@@ -208,7 +208,7 @@ def _trained_once(source: Source, cache_dir: str | Path | None) -> Path:
     key = hashlib.sha256(json.dumps([source.fingerprint, list(source.classes), sees]).encode()).hexdigest()[:12]
     path = resolve_cache_dir(cache_dir) / "teachers" / f"{source.name}-{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with in_turn(path, "trains the teacher"):
         if not path.exists():
             train_teacher(source, path, cache_dir)
     return path

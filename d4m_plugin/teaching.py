@@ -1,5 +1,6 @@
 """Train a teacher on all real images of a small source."""
 
+import signal
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,21 @@ from d4m_plugin.teachers import save_teacher
 BATCH = 100  # images, as the paper trains students
 EPOCHS = 24  # where a ConvNet on CIFAR-10 is within some points of its best
 LEAST_STEPS = 2000
+
+
+def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
+    """Train; Ctrl-C, which Lightning ends the process at, stays what it is, so that the command can say what is kept.
+
+    Raises:
+        KeyboardInterrupt: at Ctrl-C.
+    """
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit as error:
+        if error.code != 1:  # SIGTERM
+            raise
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores further ones
+        raise KeyboardInterrupt from error
 
 
 def train_teacher(source: Source, output: Path, cache_dir: str | Path | None = None) -> None:
@@ -46,7 +62,7 @@ def train_teacher(source: Source, output: Path, cache_dir: str | Path | None = N
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, datamodule=data)
+        fit(trainer, module, data)
         with tempfile.TemporaryDirectory() as folder, written_whole(output) as path:
             trainer.save_checkpoint(f"{folder}/teacher.ckpt")
             save_teacher(Path(folder) / "teacher.ckpt", path)

@@ -1,18 +1,20 @@
 """Work in units, each a file of a folder that any number of processes share.
 
 The files alone say what is done. A process skips the units that are there and takes free ones, each under a file lock,
-which ends with the process: what a killed one was at is free again. A unit depends on nothing but its name, so two
-processes that make the same one waste time and spoil nothing, and one that others seem to have forgotten is made again
-rather than waited for without end.
+which ends with the process: what a killed one was at is free again. A process touches the locks that it holds from time
+to time. A unit depends on nothing but its name, so two processes that make the same one waste time and spoil nothing:
+what a process holds that has not been heard of, such as a machine that the network lost, is made again.
 """
 
 import hashlib
 import json
 import os
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
@@ -30,8 +32,8 @@ from d4m_plugin.progress import Progress, say
 
 POLL = 0.2  # seconds between looks at what others have done
 SILENCE = 5.0  # seconds of waiting before it is said
-PATIENCE = 60.0  # seconds without news of others before their units are made here
-SLOWER = 3  # times the slowest unit of this process: the patience, where that is longer
+BEAT = 10.0  # seconds between two signs of life
+PATIENCE = 60.0  # seconds without one before the units of others are made here
 
 
 class DamagedError(InputError):
@@ -53,14 +55,22 @@ class Units:
     ) -> None:
         self.folder, self.sizes, self.check, self.progress = folder, sizes, check, progress
         self._held: dict[str, FileLock] = {}
-        self._slowest = 0.0
+        self._ended = threading.Event()
 
     def __enter__(self) -> "Units":
+        threading.Thread(target=self._live, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         while self._held:
             self._held.popitem()[1].release()
+
+    def _live(self) -> None:
+        while not self._ended.wait(BEAT):
+            for lock in list(self._held.values()):
+                with suppress(OSError):  # the folder may be gone
+                    os.utime(lock.lock_file)
 
     def rounds(self) -> Iterator[Iterator[str]]:
         """Yield, until all units are there, those that are free now; each is taken when it is asked for.
@@ -72,22 +82,30 @@ class Units:
             InputWarning: where a file was damaged: it is removed, and the unit made again.
         """
         self._remove_damaged()
-        known: list[str] = []
-        since, told = time.monotonic(), False
+        news: object = None  # of other processes
+        started = heard = time.monotonic()
+        told = False
         while missing := self._missing():
             now = time.monotonic()
-            if missing != known:
-                known, since, told = missing, now, False
-            free = self._free(by_force=now - since > max(PATIENCE, SLOWER * self._slowest))
+            if (latest := [(name, self._touched(name)) for name in missing]) != news:
+                news, heard = latest, now
+            free = self._free(by_force=now - heard > PATIENCE)
             first = next(free, None)
             if first is not None:
                 yield chain([first], free)
-                known = []
+                started, told = time.monotonic(), False
                 continue
-            if not told and now - since > SILENCE:
+            if not told and now - started > SILENCE:
                 told = True
                 say(f"Waiting for {len(missing)} units that other processes are at, such as {missing[0]}.")
             time.sleep(POLL)
+
+    def _touched(self, name: str) -> float:
+        """Return when the process that holds a unit last gave a sign of life, by its own machine's clock."""
+        try:
+            return (self.folder / f"{name}.lock").stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def _missing(self) -> list[str]:
         present = {path.name for path in self.folder.iterdir()}
@@ -108,9 +126,7 @@ class Units:
                 if not by_force:
                     continue
             if name in self._missing():  # and not made since
-                started = time.monotonic()
                 yield name
-                self._slowest = max(self._slowest, time.monotonic() - started)
 
     def _remove_damaged(self) -> None:
         for name in self.sizes:
@@ -121,6 +137,26 @@ class Units:
             except DamagedError as error:
                 warnings.warn(f"{error} It is made again.", InputWarning, stacklevel=3)
                 (self.folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def in_turn(file: Path, what: str) -> Iterator[None]:
+    """Run the body in one process at a time; the others wait, and say so.
+
+    Args:
+        file: what is made; its lock lies beside it.
+        what: what to say that another process is doing, such as "checks the images".
+    """
+    lock = FileLock(f"{file}.lock")
+    try:
+        lock.acquire(timeout=SILENCE)
+    except Timeout:
+        say(f"Waiting for another process, which {what}.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], **seconds: float) -> None:
@@ -147,6 +183,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: dict[str, str
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
+def seconds_of(path: Path) -> dict[str, float]:
+    """Return what `save_tensors` was told that each stage took, of a file that `load_tensors` found whole."""
+    with safe_open(path, "pt") as file:
+        seconds: dict[str, float] = json.loads(file.metadata()["unit"])["seconds"]
+    return seconds
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Return what `save_tensors` wrote.
 
@@ -154,28 +197,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: where there is no such file.
         DamagedError: where it holds something else.
     """
-    return _load(path)[0]
-
-
-def seconds_of(path: Path) -> dict[str, float]:
-    """Return what `save_tensors` was told that each stage took."""
-    found: dict[str, float] = _load(path)[1]
-    return found
-
-
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     try:
         with safe_open(path, "pt") as file:
             told = json.loads((file.metadata() or {}).get("unit", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         whole = told["checksum"] == _checksum(path.name, tensors, told["seconds"])
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{str(path)!r} is damaged ({error}).") from error
     if not whole:
         raise DamagedError(f"{str(path)!r} is damaged (its checksum differs).")
-    return tensors, told["seconds"]
+    return tensors
 
 
 def save_json(path: Path, row: dict[str, Any]) -> None:

@@ -67,7 +67,8 @@ def contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
-    record = json.loads(found.pop("ipc-4/d4m.json"))
+    (name,) = (name for name in found if name.endswith("/d4m.json"))
+    record = json.loads(found.pop(name))
     return found | {"record": {name: value for name, value in record.items() if name != "seconds"}}
 
 

@@ -20,6 +20,7 @@ from d4m_plugin.card import accuracy
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.distillation import synthesise
 from d4m_plugin.errors import InputWarning
+from d4m_plugin.evaluation import runs
 from d4m_plugin.evaluation.arms import Arms
 from d4m_plugin.evaluation.compare import compare
 from d4m_plugin.evaluation.evaluate import evaluate, results_of, steps_of
@@ -666,3 +667,29 @@ def test_a_sweep_of_nothing_or_of_what_is_given_twice_is_refused(squares):
         sweep(squares, strength=(0.5,), recipe={"strength": 0.3})
     with pytest.raises(InputError, match="nothing is varied; give values of `strength`, `guidance_scale`"):
         sweep(squares)
+
+
+def test_a_full_disk_ends_an_evaluation_with_a_sentence(squares, tmp_path, monkeypatch, run):
+    distill(squares, Recipe(ipc=2, **CHEAP), output=tmp_path / "set")
+
+    def full(path, row):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "save_json", full)
+    options = ["--source", "tests.toys.Squares", "--labels", "[hard]", "--seeds", "1", "--budget", "1"]
+    status, _, said = run("evaluate", tmp_path / "set", "--output", tmp_path / "report", *options)
+    assert status == 2
+    sentence = (
+        "the disk could not be written (No space left on device); what is done is kept: mend that and start again."
+    )
+    assert said.splitlines()[-1] == f"error: {sentence}"
+
+
+def test_ctrl_c_in_a_training_is_no_end_without_a_word(arms, tmp_path, monkeypatch):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs._Curve, "on_train_batch_end", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        results(arms, protocol(), tmp_path / "runs")
+    assert not list((tmp_path / "runs").glob("*.json"))

@@ -1,5 +1,8 @@
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -81,3 +84,26 @@ def test_the_command_takes_words(finished, run):
     status, _, said = run("cache", "remove", f"sets/{finished.name}", "--older_than", "3")
     assert status == 2
     assert said.startswith(f"error: `names` has 'sets/{finished.name}', which is not in the cache")
+
+
+def test_an_error_is_told_once_and_without_a_terminals_commands(tmp_path):
+    command = [sys.executable, "-m", "d4m_plugin", "cache", "remove", "sets/\x1b]0;owned\x07"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ran.returncode == 2
+    assert ran.stderr.count("error: `names` has 'sets/") == 1
+    assert "\x1b" not in ran.stderr
+
+
+def test_an_empty_cache_is_told():
+    assert list(cache("list", ())) == list(cache("verify", ())) == ["empty"]
+
+
+def test_what_killed_processes_left_is_pruned_wherever_it_lies(finished):
+    root = finished.parents[1]
+    (latents,) = (root / "latents").iterdir()
+    left = latents / ".latents-000000.safetensors.host.123"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    assert list(cache("prune", ())) == [str(left.relative_to(root))]
+    assert latents.exists()
+    assert not left.exists()

@@ -3,9 +3,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from d4m_plugin import InputError, Recipe, distill
 from d4m_plugin.processes import on_all_devices
@@ -23,7 +25,18 @@ def start(squares, tmp_path):
     started = []
 
     def start(*options, **environment):
-        command = [sys.executable, "-m", "d4m_plugin", "distill", "--source", "tests.toys.Squares", "--ipc", "4"]
+        command = [
+            sys.executable,
+            "-m",
+            "d4m_plugin",
+            "distill",
+            "--source",
+            "tests.toys.Squares",
+            "--ipc",
+            "4",
+            "--prototypes",
+            "2",
+        ]
         command += ["--diffusion", squares.diffusion, "--output", str(tmp_path / "set"), *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT} | environment
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -35,10 +48,20 @@ def start(squares, tmp_path):
         process.kill()
 
 
-def of_one_process(squares, folder, steps):
-    recipe = Recipe(ipc=4, num_inference_steps=steps, diffusion=squares.diffusion)
+def of_one_process(squares, folder, steps, ipc=4):
+    recipe = Recipe(ipc=ipc, prototypes=2, num_inference_steps=steps, diffusion=squares.diffusion)
     as_parsed = Squares(per_class=6, classes=squares.classes)  # the record has what the command line passes on
     return contents(distill(as_parsed, recipe, output=folder).root)
+
+
+def wait_until_it_holds_a_unit(process):
+    for _ in range(6000):
+        for held in Path(f"/proc/{process}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed since
+                if ".safetensors.lock" in str(held.readlink()):
+                    return
+        time.sleep(0.01)
+    raise AssertionError("it took no unit")
 
 
 def other_of(process):
@@ -52,13 +75,15 @@ def other_of(process):
 
 
 def test_two_processes_make_the_set_of_one_and_the_death_of_one_does_not_stop_the_other(start, squares, tmp_path):
-    process = start("--devices", "2", "--num_inference_steps", "4")
-    os.kill(other_of(process), signal.SIGKILL)
+    process = start("--devices", "2", "--num_inference_steps", "60", "--ipc", "200")
+    other = other_of(process)
+    wait_until_it_holds_a_unit(other)
+    os.kill(other, signal.SIGKILL)
     printed, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert printed.count("distilled set") == 1
     assert "warning: process 1 ended with status -9, and the others did its part" in said
-    assert contents(tmp_path / "set") == of_one_process(squares, tmp_path / "one", 4)
+    assert contents(tmp_path / "set") == of_one_process(squares, tmp_path / "one", 60, 200)
 
 
 @pytest.mark.parametrize("started_by", ["torchrun", "SLURM"])
@@ -96,6 +121,7 @@ def test_a_command_told_to_stop_ends_at_once_with_its_other_processes(number, st
 
 
 def test_devices_that_are_not_there_are_named(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     cores = os.cpu_count()
     with pytest.raises(InputError, match=f"`devices` is {cores + 1}; this machine has {cores}"):
         on_all_devices(cores + 1, 1).__enter__()

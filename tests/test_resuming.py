@@ -4,6 +4,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import d4m_plugin.units as units
 from d4m_plugin import distill
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.progress import Progress
-from d4m_plugin.units import DamagedError, Units, load_tensors, save_tensors
+from d4m_plugin.units import DamagedError, Units, in_turn, load_tensors, save_tensors
 from tests import kills
 
 
@@ -177,10 +178,50 @@ def test_what_another_process_is_at_is_left_to_it_and_taken_over_when_it_ends(tm
     assert "Waiting for 1 units that other processes are at, such as 1.safetensors." in capsys.readouterr().err
 
 
-def test_what_another_process_seems_to_have_forgotten_is_made_here(tmp_path, monkeypatch):
+def test_what_a_process_holds_that_gives_no_sign_of_life_is_made_here(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "PATIENCE", 0.5)
-    with FileLock(tmp_path / "0.safetensors.lock"), Progress("Making", 2) as progress:  # never given back
+    with FileLock(tmp_path / "0.safetensors.lock"), Progress("Making", 2) as progress:  # as by a lost machine
         assert make_some(tmp_path, 2, progress) == ["1.safetensors", "0.safetensors"]
+
+
+def test_what_a_slow_process_is_at_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "PATIENCE", 0.5)
+    monkeypatch.setattr(units, "BEAT", 0.1)
+    taken, made = threading.Event(), []
+
+    def slow():
+        with Progress("Making", 2) as progress, Units(tmp_path, named(2), load_tensors, progress) as both:
+            for free in both.rounds():
+                for name in free:
+                    taken.set()
+                    time.sleep(2)
+                    made.append(name)
+                    save_tensors(tmp_path / name, {"number": torch.tensor(0)})
+
+    other = threading.Thread(target=slow)
+    other.start()
+    taken.wait()
+    with Progress("Making", 2) as progress:
+        assert make_some(tmp_path, 2, progress) == ["1.safetensors"]
+    other.join()
+    assert made == ["0.safetensors"]
+
+
+def test_waiting_for_another_process_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(units, "SILENCE", 0.1)
+    taken = threading.Event()
+
+    def theirs():
+        with FileLock(tmp_path / "list.lock"):
+            taken.set()
+            time.sleep(0.5)
+
+    threading.Thread(target=theirs).start()
+    taken.wait()
+    began = time.monotonic()
+    with in_turn(tmp_path / "list", "checks the images"):
+        assert time.monotonic() - began > 0.3
+    assert capsys.readouterr().err == "Waiting for another process, which checks the images.\n"
 
 
 def test_progress_counts_what_others_have_done(tmp_path):

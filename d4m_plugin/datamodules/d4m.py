@@ -31,6 +31,7 @@ from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import check_write_access
+from d4m_plugin.progress import say
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.screening import check_images, readable_source, test_fingerprint
 from d4m_plugin.sharing import OthersSet, find_set, listed
@@ -172,7 +173,7 @@ class D4MDataModule(L.LightningDataModule):
         """The distilled set: the one named, else one made or found when first asked for, and pushed if it is to be."""
         if self._named_set:
             return self._named_set
-        with _ended_by_sigterm():
+        with _ended_at_once():
             made = distill(
                 self.source,
                 self.recipe,
@@ -387,13 +388,16 @@ def _as_it_is(batch: Any) -> Any:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the process, where Lightning would wait for the next training step: distilling resumes."""
+def _ended_at_once() -> Iterator[None]:
+    """Let SIGTERM end the process, where Lightning would wait for the next training step, and say what Ctrl-C keeps."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     lightnings = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
+    except KeyboardInterrupt:
+        say("Stopped. What is distilled so far is kept: the same command goes on from there.")
+        raise
     finally:
         signal.signal(signal.SIGTERM, lightnings)

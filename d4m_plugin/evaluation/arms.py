@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import Resize, squares_of, to_pixels
 from d4m_plugin.subsets import Chosen, at_most
-from d4m_plugin.units import DamagedError, load_tensors, save_tensors
+from d4m_plugin.units import DamagedError, in_turn, load_tensors, save_tensors
 
 Arm = Literal["distilled", "random", "equal_bytes", "nearest", "decoded", "generated", "reconstructed", "real"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -132,7 +131,7 @@ class Arms:
         decides += [self.source.fingerprint, None if self.left_out is None else self.left_out.tolist()]
         file = self.kept / f"{name}-{digest([json.dumps(decides, sort_keys=True)])[:12]}.safetensors"
         self.kept.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):  # another process may be making them
+        with in_turn(file, "makes the images of an arm"):
             with suppress(FileNotFoundError, DamagedError):
                 return load_tensors(file)["image"]
             pixels = make()

@@ -32,6 +32,7 @@ from d4m_plugin.screening import check_images, test_fingerprint
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.subsets import Chosen, at_most
+from d4m_plugin.teaching import fit
 from d4m_plugin.units import Units, load_json, save_json
 
 Labels = Literal["teacher", "hard"]
@@ -231,7 +232,7 @@ class Trainings:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(student, datamodule=data)
+        fit(trainer, student, data)
         weights = student.state_dict().values()
         if curve.points[-1][1] is None or not all(bool(each.isfinite().all()) for each in weights):
             return {"accuracy": None, "accuracies": None, "confusion": None, "losses": curve.points}
