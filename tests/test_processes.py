@@ -37,7 +37,8 @@ def start(squares, tmp_path):
             "--prototypes",
             "2",
         ]
-        command += ["--diffusion", squares.diffusion, "--output", str(tmp_path / "set"), *options]
+        command += ["--ipc", "4", "--prototypes", "2", "--diffusion", squares.diffusion]
+        command += ["--output", str(tmp_path / "set"), *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT} | environment
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
@@ -110,7 +111,7 @@ def test_a_command_told_to_stop_ends_at_once_with_its_other_processes(number, st
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
     assert time.monotonic() - began < 5  # seconds; two on a machine that does nothing else
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, said
     if number == signal.SIGINT:
         assert "Stopped. What is done so far is kept: the same command goes on from there." in said
     assert "Traceback" not in said
