@@ -111,7 +111,7 @@ def test_a_command_told_to_stop_ends_at_once_with_its_other_processes(number, st
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
     assert time.monotonic() - began < 5  # seconds; two on a machine that does nothing else
-    assert process.returncode == 128 + number, said
+    assert process.returncode in (128 + number, -number), said  # 143 and 130 in a shell, either way
     if number == signal.SIGINT:
         assert "Stopped. What is done so far is kept: the same command goes on from there." in said
     assert "Traceback" not in said
