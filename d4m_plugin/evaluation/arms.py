@@ -3,8 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,13 +21,14 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.sets import JudgedSet, Squares
 from d4m_plugin.hub import find_repository
 from d4m_plugin.preview import to_pil
+from d4m_plugin.progress import Progress
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import Resize, squares_of, to_pixels
 from d4m_plugin.subsets import Chosen, at_most
-from d4m_plugin.units import DamagedError, in_turn, load_tensors, save_tensors
+from d4m_plugin.units import SILENCE, Units, load_tensors, save_tensors
 
 Arm = Literal["distilled", "random", "equal_bytes", "nearest", "decoded", "generated", "reconstructed", "real"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -109,34 +109,41 @@ class Arms:
     def _made(self, arm: Arm, seed: int) -> Tensor:
         """Return what a model makes or finds, uint8, shape (N, 3, H, H), class by class."""
         if arm == "nearest":
-            pixels = self._kept(arm, self._nearest)
+            pixels = self._kept({arm: self._nearest})
         elif arm == "decoded":
-            pixels = self._kept(arm, self._decoded)
-        elif arm == "generated":
-            blocks = math.ceil(len(self._labels()) / BLOCK)
-            parts = [self._kept(f"{arm}-{number}", partial(self._generated, number)) for number in range(blocks)]
-            pixels = torch.cat(parts)
+            pixels = self._kept({arm: self._decoded})
+        elif arm == "generated":  # in parts, since all of them are long work
+            blocks = range(math.ceil(len(self._labels()) / BLOCK))
+            pixels = self._kept({f"{arm}-{number}": partial(self._generated, number) for number in blocks})
         else:
-            pixels = self._kept(f"{arm}-{seed}", partial(self._reconstructed, seed))
+            pixels = self._kept({f"{arm}-{seed}": partial(self._reconstructed, seed)})
         vars(self).pop("model", None)  # its memory is the student's now
         return pixels
 
-    def _kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Return what is kept under a name and all that decides it; made where it is not there, or damaged."""
-        if self.kept is None:
-            return make()
+    def _kept(self, parts: Mapping[str, Callable[[], Tensor]]) -> Tensor:
+        """Return parts as one, each kept under its name and all that decides it; made where it is not there.
+
+        Args:
+            parts: what makes each, by its name. Processes that share the folder share them.
+        """
+        folder = self.kept
+        if folder is None:
+            return torch.cat([make() for make in parts.values()])
         assert self.judged.dataset is not None  # or there were no model
         judged, metadata = self.judged, self.judged.dataset.metadata
         decides = [judged.fingerprint, judged.image_size, judged.resize, metadata["recipe"], metadata["model"]]
         decides += [self.source.fingerprint, None if self.left_out is None else self.left_out.tolist()]
-        file = self.kept / f"{name}-{digest([json.dumps(decides, sort_keys=True)])[:12]}.safetensors"
-        self.kept.mkdir(parents=True, exist_ok=True)
-        with in_turn(file, "makes the images of an arm"):
-            with suppress(FileNotFoundError, DamagedError):
-                return load_tensors(file)["image"]
-            pixels = make()
-            save_tensors(file, {"image": pixels.contiguous()})
-        return pixels
+        key = digest([json.dumps(decides, sort_keys=True)])[:12]
+        makers = {f"{name}-{key}.safetensors": make for name, make in parts.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            Progress("Images of an arm", len(makers), " parts", delay=SILENCE) as progress,
+            Units(folder, dict.fromkeys(makers, 1), load_tensors, progress) as units,
+        ):
+            for free in units.rounds():
+                for name in free:
+                    save_tensors(folder / name, {"image": makers[name]().contiguous()})
+        return torch.cat([load_tensors(folder / name)["image"] for name in makers])
 
     @cached_property
     def bytes(self) -> int:
@@ -236,7 +243,7 @@ class Arms:
         return self.model.decode(torch.cat(starts), self.judged.image_size)
 
     def _generated(self, number: int) -> Tensor:
-        """A block of images, since all of them are long work."""
+        """A block of images."""
         shape = self.model.encode(torch.zeros(1, 3, self._resolution, self._resolution, dtype=torch.uint8)).shape
         nothing = dict.fromkeys(range(len(self.source.classes)), Prototypes(torch.zeros(shape), torch.ones(1)))
         recipe = Recipe(**(vars(self.recipe) | {"strength": 1.0})).resolved(self.source)
