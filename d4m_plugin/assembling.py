@@ -1,6 +1,7 @@
 """Put a distilled set together from its finished units: parquet, prototypes, pictures, record and card."""
 
 import dataclasses
+import io
 import json
 import platform
 import warnings
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from d4m_plugin.cache import flush
 from d4m_plugin.card import write_card
 from d4m_plugin.diffusion import EMBEDDED, LICENSE, LatentDiffusion, model_digest
-from d4m_plugin.distilled import checksums, write_parquet
+from d4m_plugin.distilled import checksums, png_of, write_parquet
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.hub import license_of, without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
@@ -100,9 +103,9 @@ def write_set(
 def _noting_the_first(first: list[list[Tensor]], blocks: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """Pass blocks on, and note the first images of the first classes."""
     for block in blocks:
-        for image, label in zip(block["image"], block["label"].tolist(), strict=True):
+        for file, label in zip(png_of(block), block["label"].tolist(), strict=True):
             if label < len(first) and len(first[label]) < MAX_COLUMNS:
-                first[label].append(image)
+                first[label].append(pil_to_tensor(Image.open(io.BytesIO(file))))
         yield block
 
 

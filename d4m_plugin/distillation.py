@@ -27,7 +27,7 @@ from d4m_plugin.assembling import MODELS, write_set
 from d4m_plugin.cache import flush, make_writable, refusal_of, resolve_cache_dir
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
-from d4m_plugin.distilled import DistilledDataset
+from d4m_plugin.distilled import DistilledDataset, with_png
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.progress import Progress, say
@@ -341,7 +341,7 @@ def make_images(
                 labels = {label for label, _ in blocks[name]}
                 prototypes = {label: load_prototypes(work, label) for label in labels}
                 columns = synthesise(blocks[name], prototypes, prompts, recipe, model, batches)
-                save_tensors(work / name, columns, synthesise=time.perf_counter() - started)
+                save_tensors(work / name, with_png(columns), synthesise=time.perf_counter() - started)
 
 
 def synthesise(

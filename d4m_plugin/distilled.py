@@ -315,16 +315,18 @@ def write_parquet(folder: Path, classes: list[str], blocks: Iterable[dict[str, T
     Args:
         folder: where the files go.
         classes: the class names.
-        blocks: columns of a few images each: `image` (uint8, shape (n, 3, H, W)), `label`, `prototype`, `weight` and
-            `seed` (shape (n,)).
+        blocks: columns of a few images each, as `with_png` returns them: of `label`, `prototype`, `weight` and `seed`,
+            shape (n,), too.
         most: bytes of a file.
     """
     schema = features_of(classes).arrow_schema
     writer, room = None, 0
     written: list[Path] = []
     for block in blocks:
-        columns: dict[str, list[Any]] = {name: column.tolist() for name, column in block.items() if name != "image"}
-        columns["image"] = [{"bytes": png(image), "path": None} for image in block["image"]]
+        columns: dict[str, list[Any]] = {
+            name: column.tolist() for name, column in block.items() if name in schema.names
+        }
+        columns["image"] = [{"bytes": file, "path": None} for file in png_of(block)]
         table = pa.table(columns, schema=schema)
         if writer is None or table.nbytes > room:
             if writer:
@@ -337,6 +339,27 @@ def write_parquet(folder: Path, classes: list[str], blocks: Iterable[dict[str, T
         writer.close()
     for number, path in enumerate(written):
         path.replace(folder / f"train-{number:05d}-of-{len(written):05d}.parquet")
+
+
+def with_png(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return columns of images that have the images as PNG.
+
+    Args:
+        columns: `image`, uint8, shape (n, 3, H, W), and others.
+
+    Returns:
+        The others; `png`, the files one after another, uint8, shape (bytes,); `png_size`, the bytes of each, int64,
+        shape (n,).
+    """
+    files = [png(image) for image in columns["image"]]
+    others = {name: column for name, column in columns.items() if name != "image"}
+    joined = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
+    return others | {"png": joined, "png_size": torch.tensor(list(map(len, files)))}
+
+
+def png_of(columns: dict[str, Tensor]) -> list[bytes]:
+    """Return the PNG files of columns that `with_png` returned."""
+    return [file.numpy().tobytes() for file in columns["png"].split(columns["png_size"].tolist())]
 
 
 def png(image: Tensor) -> bytes:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests import families
-from tests.test_cli import run, table_of  # noqa: F401  # run is a fixture
+from tests.test_cli import table_of
 
 EXAMPLES = Path(__file__).parent.parent / "config_examples"
 RUN_HERE = {"digits.yaml", "teacher_digits.yaml", "own_module.yaml", "small_batch.yaml"}
@@ -31,7 +31,7 @@ def test_every_example_is_tried():
 
 
 @pytest.mark.parametrize("name", sorted(RUN_HERE))
-def test_an_example_runs(run, name):  # noqa: F811  # the fixture imported above
+def test_an_example_runs(run, name):  # the fixture imported above
     short = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--data.ipc", "2"]
     status, out, err = run("fit", "--config", f"config_examples/{name}", *short, "--data.num_inference_steps", "4")
     assert status == 0, err
@@ -44,7 +44,7 @@ def test_an_example_runs(run, name):  # noqa: F811  # the fixture imported above
         assert status == 0, err
 
 
-def test_an_own_source_runs(run):  # noqa: F811  # the fixture imported above
+def test_an_own_source_runs(run):  # the fixture imported above
     generator = np.random.default_rng(0)
     arrays = {}
     for split in ("train", "test"):
@@ -59,14 +59,14 @@ def test_an_own_source_runs(run):  # noqa: F811  # the fixture imported above
 
 
 @pytest.mark.parametrize("name", sorted(NEED_DATA))
-def test_an_example_for_other_data_parses(run, name):  # noqa: F811  # the fixture imported above
+def test_an_example_for_other_data_parses(run, name):  # the fixture imported above
     status, out, err = run("fit", "--config", f"config_examples/{name}", "--print_config")
     assert status == 0, err
     assert "d4m_plugin.ImageClassifier" in out
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_models_settings_suit_its_family(run, name, tmp_path):  # noqa: F811  # the fixture imported above
+def test_a_models_settings_suit_its_family(run, name, tmp_path):  # the fixture imported above
     tiny = families.save(MODELS[name], tmp_path / "tiny")
     words = ["--data.diffusion", tiny, "--data.resolution", "16", "--data.vae", "null", "--data.ipc", "2"]
     words += ["--data.source", "tests.toys.Squares", "--matching.teacher", "null", "--trainer.max_steps", "1"]

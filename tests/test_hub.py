@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 from d4m_plugin import DistilledDataset, Recipe, distill
-from d4m_plugin.distilled import checksums, write_parquet
+from d4m_plugin.distilled import checksums, with_png, write_parquet
 from tests import families, hub_server
 from tests.toys import Squares
 
@@ -492,7 +492,7 @@ def test_a_large_set_is_written_in_shards(tmp_path, squares):
         for rows in (slice(0, 5), slice(5, 10), slice(10, 12))
     ]
     whole.unlink()
-    write_parquet(made.folder, made.classes, blocks, most=1)
+    write_parquet(made.folder, made.classes, map(with_png, blocks), most=1)
     assert [path.name for path in sorted(made.folder.glob("*.parquet"))] == [
         f"train-0000{number}-of-00003.parquet" for number in (0, 1, 2)
     ]

@@ -19,7 +19,6 @@ from d4m_plugin.matching import matching_loss, soften
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.teachers import load_teacher
 from tests import families, third_party
-from tests.test_cli import run  # noqa: F401  # a fixture
 from tests.test_datamodule import quiet_trainer
 
 DICTS = {"torchgeo": ["image", "label"], "transformers": ["pixel_values", "labels"]}
@@ -63,7 +62,7 @@ RECIPE = {"ipc": 2, "num_inference_steps": 2}
 
 
 @pytest.mark.parametrize("package", MODULES)
-def test_through_the_command_line(run, package, tmp_path):  # noqa: F811  # the fixture imported above
+def test_through_the_command_line(run, package, tmp_path):  # the fixture imported above
     pytest.importorskip(package)
     config = {
         "data": {"class_path": "D4MDataModule", "init_args": RECIPE | {"batch_keys": DICTS.get(package)}},
