@@ -22,6 +22,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from d4m_plugin.errors import InputError, InputWarning
+from d4m_plugin.progress import is_first
 
 GRACE = 2.0  # seconds that a process has to end
 
@@ -77,11 +78,6 @@ def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) 
         deadline = time.monotonic() + GRACE
         for other in others:
             other.end(deadline)
-
-
-def is_first() -> bool:
-    """Whether this process is the first of all that work together, by what torchrun, SLURM or Lightning tells it."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def _environment() -> ClusterEnvironment:

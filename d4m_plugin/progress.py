@@ -2,27 +2,29 @@
 
 import io
 import logging
+import os
 import sys
 import time
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
+import torch.distributed as dist
 from tqdm.auto import tqdm
-
-from d4m_plugin.processes import is_first
 
 LOG = logging.getLogger("d4m_plugin")
 EVERY = 30.0  # seconds between plain lines
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit}{postfix}, {rate_fmt}, {remaining} left"
 
 
-def _first_process() -> bool:
-    return is_first() and getattr(rank_zero_only, "rank", 0) == 0  # the latter where Lightning forked
+def is_first() -> bool:
+    """Whether this process is the first of all that work together, by what torchrun, SLURM or Lightning tells it."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def say(line: str) -> None:
     """Tell the user one thing, beside the bars and in the log; once, where several processes work together."""
-    if _first_process():
+    if is_first():
         tqdm.write(line, file=sys.stderr)
         LOG.info(line)
 
@@ -39,7 +41,7 @@ class Progress(tqdm):  # type: ignore[type-arg]  # not generic at run time
 
     def __init__(self, desc: str, total: int | None, unit: str = " images", **options: Any) -> None:
         notebook = any(kind.__name__ == "tqdm_notebook" for kind in tqdm.__mro__)
-        self._bar = _first_process() and (notebook or sys.stderr.isatty())
+        self._bar = is_first() and (notebook or sys.stderr.isatty())
         self._last, self._reached = time.monotonic(), False
         where = sys.stderr if self._bar else io.StringIO()
         super().__init__(desc=desc, total=total, unit=unit, dynamic_ncols=self._bar, file=where, **options)
@@ -66,7 +68,7 @@ class Progress(tqdm):  # type: ignore[type-arg]  # not generic at run time
 
     def _tell(self, form: str) -> None:
         self._last = time.monotonic()
-        if not _first_process():
+        if not is_first():
             return
         line = self.format_meter(**{**self.format_dict, "bar_format": form, "ncols": None})
         if not self._bar:

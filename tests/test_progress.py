@@ -46,7 +46,7 @@ def test_nothing_done_is_nothing_told(capsys):
 
 def test_only_the_first_process_tells(monkeypatch, capsys, caplog):
     caplog.set_level(logging.INFO, "d4m_plugin")
-    monkeypatch.setattr(progress.rank_zero_only, "rank", 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     say("once")
     with Progress("Encoding", 10) as bar:
         bar.update(10)

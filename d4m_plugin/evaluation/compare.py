@@ -14,7 +14,7 @@ from d4m_plugin.evaluation.report import write_csv
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings, trained
 from d4m_plugin.evaluation.sets import open_set
 from d4m_plugin.evaluation.verdict import points_of
-from d4m_plugin.processes import is_first
+from d4m_plugin.progress import is_first
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
 

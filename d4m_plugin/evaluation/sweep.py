@@ -23,7 +23,7 @@ from d4m_plugin.evaluation.runs import Labels, Protocol, Training, Trainings, tr
 from d4m_plugin.evaluation.sets import ours
 from d4m_plugin.evaluation.verdict import interval
 from d4m_plugin.preview import grid
-from d4m_plugin.processes import is_first
+from d4m_plugin.progress import is_first
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
