@@ -217,8 +217,12 @@ def _distil_into(
 
 
 def open_model(recipe: ResolvedRecipe, compile: bool = False) -> LatentDiffusion:
-    """Return the model that a recipe names."""
-    return LatentDiffusion(
+    """Return the model that a recipe names.
+
+    Raises:
+        InputError: where there is no such model, or its schedule has fewer steps than the recipe.
+    """
+    model = LatentDiffusion(
         recipe.diffusion,
         recipe.diffusion_revision,
         recipe.scheduler,
@@ -227,6 +231,12 @@ def open_model(recipe: ResolvedRecipe, compile: bool = False) -> LatentDiffusion
         recipe.lora,
         compile=compile,
     )
+    most = model.pipeline.scheduler.config.get("num_train_timesteps", recipe.num_inference_steps)
+    if recipe.num_inference_steps > most:
+        raise InputError(
+            f"`num_inference_steps` is {recipe.num_inference_steps}; the model's schedule has {most} steps."
+        )
+    return model
 
 
 def _warn_of_cut_prompts(model: LatentDiffusion, prompts: list[str]) -> None:

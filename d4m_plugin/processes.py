@@ -72,12 +72,12 @@ def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) 
         for other in others:
             other.wait(deadline)
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         for other in others:
             other.process.terminate()
         deadline = time.monotonic() + GRACE
         for other in others:
             other.end(deadline)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _environment() -> ClusterEnvironment:

@@ -94,6 +94,11 @@ def test_images_are_kept_at_the_size_asked_for(squares):
     assert distill(squares, dataclasses.replace(RECIPE, image_size=12)).images.shape == (12, 3, 12, 12)
 
 
+def test_more_steps_than_the_schedule_has_are_told(squares):
+    with pytest.raises(InputError, match="`num_inference_steps` is 1001; the model's schedule has 1000 steps"):
+        distill(squares, dataclasses.replace(RECIPE, num_inference_steps=1001))
+
+
 def test_a_finished_set_is_found_again(squares, monkeypatch):
     first = distill(squares, RECIPE)
     monkeypatch.setattr(distillation, "LatentDiffusion", None)

@@ -56,7 +56,7 @@ _broken: list[str] = []
 
 
 def _audit(event, arguments):
-    if "folder" not in _watched:
+    if not _watched:  # or gone, at the interpreter's end
         return
     if event in EXECUTES:
         _broken.append(f"{event} {arguments!r}")
