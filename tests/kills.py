@@ -73,7 +73,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def main(pipeline: str, kills: int, processes: int, seed: int) -> dict[str, Any]:
-    """Kill as many processes as asked for, over as many sets as it takes, and compare each set with an unkilled one."""
+    """Kill as many processes as asked for, some in each stage, and compare each set with an unkilled one."""
     torch.set_num_threads(1)
     Squares.diffusion, distillation.BLOCK = pipeline, 4
     model = LatentDiffusion(pipeline)
@@ -86,21 +86,26 @@ def main(pipeline: str, kills: int, processes: int, seed: int) -> dict[str, Any]
         os.waitpid(start(folder / "whole", folder / "whole.log"), 0)
         whole = contents(folder / "whole")
         sets = same = left = most_redone = 0
-        while sum(killed_at.values()) < kills:
+
+        def wanted() -> bool:
+            return sum(killed_at.values()) < kills or not all(killed_at[stage] for stage in STAGES)
+
+        while wanted():
             output, log = folder / f"set-{sets}", folder / f"{sets}.log"
             sets += 1
             log.touch()
             living = [start(output, log) for _ in range(processes)]
             while living:
                 victim = draw.choice(living)
-                if sum(killed_at.values()) < kills:
-                    stage, begun = draw.choice(STAGES), draw.randrange(1, 4)
+                if wanted():
+                    stage = min(STAGES, key=lambda stage: (killed_at[stage], draw.random()))
+                    begun = 1 if stage == "write" else draw.randrange(1, 4)  # a process writes one set
                     while (
                         log.read_text().count(f"{victim} {stage}") < begun
                         and os.waitid(os.P_PID, victim, EXITED) is None
                     ):
                         time.sleep(0.001)
-                    time.sleep(draw.uniform(0, 0.03))
+                    time.sleep(draw.uniform(0, 0.01 if stage == "write" else 0.03))
                     os.kill(victim, signal.SIGKILL)
                 status = os.waitpid(victim, 0)[1]
                 living.remove(victim)

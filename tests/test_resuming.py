@@ -29,7 +29,7 @@ def test_killed_at_thirty_points_of_all_stages_the_set_is_the_same_to_the_byte(r
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     ran = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
     told = json.loads(ran.stdout)
-    assert sum(told["killed at"].values()) == 30
+    assert sum(told["killed at"].values()) >= 30
     assert all(told["killed at"][stage] for stage in ("encode", "cluster", "synthesise", "write"))
     assert told["same to the byte"] == told["sets"]
     assert told["most units that a kill lost"] <= 1
