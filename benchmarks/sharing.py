@@ -10,12 +10,13 @@ import os
 import statistics
 import tempfile
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 from jsonargparse import auto_cli
 
 
-def work(core: int, folder: Path, ipc: int, barrier: "multiprocessing.Barrier") -> None:  # type: ignore[valid-type]
+def work(core: int, folder: Path, ipc: int, barrier: Barrier) -> None:
     """Distil on one core, together with all that wait at the barrier."""
     os.sched_setaffinity(0, {core})
     import torch

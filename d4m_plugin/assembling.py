@@ -103,9 +103,11 @@ def write_set(
 def _noting_the_first(first: list[list[Tensor]], blocks: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """Pass blocks on, and note the first images of the first classes."""
     for block in blocks:
-        for file, label in zip(png_of(block), block["label"].tolist(), strict=True):
-            if label < len(first) and len(first[label]) < MAX_COLUMNS:
-                first[label].append(pil_to_tensor(Image.open(io.BytesIO(file))))
+        labels = block["label"].tolist()
+        if labels[0] < len(first):  # the labels ascend from block to block: most have none of these
+            for file, label in zip(png_of(block), labels, strict=True):
+                if label < len(first) and len(first[label]) < MAX_COLUMNS:
+                    first[label].append(pil_to_tensor(Image.open(io.BytesIO(file))))
         yield block
 
 

@@ -1,7 +1,9 @@
 """Where finished and unfinished work is kept."""
 
 import errno
+import hashlib
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,7 +54,7 @@ def make_writable(folder: Path, option: str) -> None:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; flush and rename it at the end, so that readers see all or nothing."""
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # two machines may share a folder
+    aside = aside_of(path)
     try:
         yield aside
         flush(aside)
@@ -61,6 +63,22 @@ def written_whole(path: Path) -> Iterator[Path]:
             flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def aside_of(path: Path) -> Path:
+    """Return where this process writes what will be at `path`, or puts what was: .NAME.HOST.PROCESS beside it."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # two machines may share a folder
+
+
+def is_aside(path: Path) -> bool:
+    """Whether a path is one that `aside_of` gave, to this process or another."""
+    return re.fullmatch(r"\..*\.\d+", path.name) is not None
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d4m_plugin.cache import checksum
 from d4m_plugin.devices import autocast, compute_dtype, default_device
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import why_unread
@@ -380,8 +381,7 @@ def model_digest(model: str) -> str:
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     parts = []
     for path in filter(Path.is_file, files):
-        with path.open("rb") as file:
-            parts += [str(path.relative_to(place)), hashlib.file_digest(file, "sha256").hexdigest()]
+        parts += [str(path.relative_to(place)), checksum(path)]
     return digest(parts) if parts else ""
 
 

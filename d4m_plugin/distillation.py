@@ -8,9 +8,7 @@ finished folder appears by one rename.
 import dataclasses
 import json
 import math
-import os
 import shutil
-import socket
 import threading
 import time
 import warnings
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 
 from d4m_plugin.assembling import MODELS, write_set
-from d4m_plugin.cache import flush, make_writable, refusal_of, resolve_cache_dir
+from d4m_plugin.cache import aside_of, flush, make_writable, refusal_of, resolve_cache_dir
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
 from d4m_plugin.distilled import DistilledDataset, with_png
@@ -205,7 +203,7 @@ def _distil_into(
         for free in units.rounds():
             for name in free:
                 if not _is_finished(folder):
-                    own = work / f"set.{socket.gethostname()}.{os.getpid()}"
+                    own = aside_of(work / "set")
                     try:
                         write_set(own, work.name, source, recipe, model, classes, blocks)
                         own.replace(folder)

@@ -7,7 +7,6 @@ ipc-10/prototypes.safetensors           for each label: LABEL.latents [K, C, h, 
 ipc-10/preview.png, prototypes.png      a grid each, one row a class
 """
 
-import hashlib
 import io
 import itertools
 import re
@@ -26,6 +25,7 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from d4m_plugin.cache import checksum
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import NotOnTheHub, find_repository, push
 from d4m_plugin.preview import to_pil
@@ -371,8 +371,4 @@ def png(image: Tensor) -> bytes:
 
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file in a folder."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: checksum(path) for path in sorted(folder.iterdir())}

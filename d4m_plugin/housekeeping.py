@@ -1,9 +1,6 @@
 """`d4m cache`: what the cache holds, whether it is whole, and what can go."""
 
-import os
-import re
 import shutil
-import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +8,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from d4m_plugin.cache import resolve_cache_dir
+from d4m_plugin.cache import aside_of, is_aside, resolve_cache_dir
 from d4m_plugin.distilled import checksums
 from d4m_plugin.errors import InputError
 from d4m_plugin.record import read_record
@@ -19,7 +16,6 @@ from d4m_plugin.units import DamagedError, load_tensors
 
 Action = Literal["list", "verify", "remove", "prune"]
 DAY = 24 * 60 * 60  # seconds
-ASIDE = re.compile(r"\..*\.\d+")  # what a killed process was writing: .NAME.HOST.PROCESS
 
 
 def cache(
@@ -71,12 +67,13 @@ def cache(
 def _entries(root: Path) -> dict[str, Path]:
     """Return what is in the cache by its name: each folder or file of each part, and what killed processes left."""
     found = {path for part in ("sets", "latents", "teachers") for path in (root / part).glob("*")}
-    left = {path for path in root.rglob(".*") if ASIDE.fullmatch(path.name)}
+    inside = [path.relative_to(root) for path in root.rglob(".*") if is_aside(path)]
+    left = {root / path for path in inside if not any(map(_unfinished, path.parents))}  # those go with their folder
     return {str(path.relative_to(root)): path for path in sorted(found | left) if path.suffix != ".lock"}
 
 
 def _unfinished(path: Path) -> bool:
-    return path.suffix == ".partial" or ASIDE.fullmatch(path.name) is not None
+    return path.suffix == ".partial" or is_aside(path)
 
 
 def _sizes(path: Path) -> dict[Path, int]:
@@ -159,7 +156,7 @@ def _remove(name: str, path: Path) -> str:
         except Timeout as error:
             raise InputError(f"{name!r} is in use by another process; stop it first.") from error
     if path.is_dir():
-        going = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+        going = aside_of(path)
         path.replace(going)  # all at once, so that nobody reads half of it
         shutil.rmtree(going)
     else:

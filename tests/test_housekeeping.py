@@ -107,3 +107,12 @@ def test_what_killed_processes_left_is_pruned_wherever_it_lies(finished):
     assert list(cache("prune", ())) == [str(left.relative_to(root))]
     assert latents.exists()
     assert not left.exists()
+
+
+def test_what_a_killed_process_left_in_unfinished_work_goes_with_it(unfinished):
+    left = next(unfinished.glob("*/class-000000.safetensors")).with_name(".class-000000.safetensors.host.123")
+    left.write_bytes(b"half")
+    for path in (unfinished, *unfinished.rglob("*")):
+        os.utime(path, (0, 0))
+    assert list(cache("prune", ())) == [f"sets/{unfinished.name}"]
+    assert not unfinished.exists()

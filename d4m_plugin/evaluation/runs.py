@@ -1,7 +1,6 @@
 """One training for each arm, kind of labels, student and seed, alike in all but the images; each is done once."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -19,7 +18,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
 
-from d4m_plugin.cache import resolve_cache_dir
+from d4m_plugin.cache import checksum, resolve_cache_dir
 from d4m_plugin.callbacks import TeacherMatching
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import autocast, compute_dtype, default_device, this_device, trainer_precision
@@ -327,10 +326,7 @@ def _read_row(path: Path) -> dict[str, Any]:
 
 def _digest(teacher: str) -> str:
     """Return what tells a teacher from others: a file by its content."""
-    if not Path(teacher).is_file():
-        return teacher
-    with Path(teacher).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return checksum(Path(teacher)) if Path(teacher).is_file() else teacher
 
 
 class _Curve(L.Callback):
