@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from d4m_plugin.cache import checksum
 from d4m_plugin.devices import autocast, compute_dtype, default_device
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import why_unread
+from d4m_plugin.mode_guidance import pulled_toward
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("digits", "cifar10")
@@ -203,6 +204,8 @@ class LatentDiffusion:
         strength: float = 0.7,
         guidance_scale: float = 8.0,
         num_inference_steps: int = 50,
+        mode_guidance_scale: float = 0.0,
+        mode_guidance_stop: float = 0.5,
     ) -> Tensor:
         """Return latents noised to `strength` and denoised under their prompts (D4M, section 3.2).
 
@@ -217,6 +220,8 @@ class LatentDiffusion:
             strength: share of the schedule to go through, in (0, 1]; 1 forgets the start.
             guidance_scale: how far to follow the prompt; 1 or less leaves the unconditional pass out.
             num_inference_steps: steps of the whole schedule, of which int(steps · strength) are made.
+            mode_guidance_scale: how far each step is pulled back to the start; 0 leaves it alone.
+            mode_guidance_stop: share of the schedule after which it is left alone.
         """
         keys = [(prompt, negative_prompt) for prompt in prompts]
         # Images come class by class: the last batch's prompts are all that is worth keeping.
@@ -228,9 +233,14 @@ class LatentDiffusion:
             arguments |= {"height": edge, "width": edge}
         self.pipeline.set_progress_bar_config(disable=True)
         self._bring([self._denoiser])
-        with autocast(self.device, self.dtype):
+        latents = latents.to(self.device)
+        steps: AbstractContextManager[None] = nullcontext()
+        if mode_guidance_scale:
+            packed = self.pipeline._pack_latents(latents, *latents.shape) if self._is_flux else latents
+            steps = pulled_toward(packed, self.pipeline.scheduler, mode_guidance_scale, mode_guidance_stop)
+        with autocast(self.device, self.dtype), steps:
             output = self.pipeline(
-                image=latents.to(self.device),
+                image=latents,
                 strength=strength,
                 guidance_scale=guidance_scale,
                 num_inference_steps=num_inference_steps,

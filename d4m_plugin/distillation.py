@@ -391,6 +391,8 @@ def synthesise(
             strength=recipe.strength,
             guidance_scale=recipe.guidance_scale,
             num_inference_steps=recipe.num_inference_steps,
+            mode_guidance_scale=recipe.mode_guidance_scale,
+            mode_guidance_stop=recipe.mode_guidance_stop,
         )
         return model.decode(latents, recipe.image_size)
 

@@ -30,6 +30,9 @@ class Recipe:
         strength: share of the noise schedule that a prototype is noised to, in (0, 1].
         guidance_scale: weight of classifier-free guidance, at least 0; 1 or less turns it off.
         num_inference_steps: steps of the whole schedule, of which int(steps · strength) are made.
+        mode_guidance_scale: how far each step is pulled back to its prototype (MGD3), at least 0; 0, the paper's, is
+            off, and 0.1 goes with a `strength` of 1, which all but forgets the prototype.
+        mode_guidance_stop: share of the schedule, from the noise on, in which it pulls, in (0, 1].
         vae: a folder or Hub id of a VAE for the same latents in place of the model's, such as a tiny one
             (`madebyollin/taesd`), which encodes many times faster and less faithfully.
         lora: a folder, file or Hub id of LoRA weights that are added to the model's (needs the package peft).
@@ -57,6 +60,8 @@ class Recipe:
     strength: float = 0.7
     guidance_scale: float = 8.0
     num_inference_steps: int = 50
+    mode_guidance_scale: float = 0.0
+    mode_guidance_stop: float = 0.5
     vae: str | None = None
     lora: str | None = None
     scheduler: str | None = None
@@ -103,6 +108,10 @@ class Recipe:
             raise InputError(
                 f"`guidance_scale` is {self.guidance_scale}; it must be at least 0 (1 turns guidance off)."
             )
+        if not 0 <= self.mode_guidance_scale < math.inf:
+            raise InputError(f"`mode_guidance_scale` is {self.mode_guidance_scale}; it must be at least 0 (off).")
+        if not 0 < self.mode_guidance_stop <= 1:
+            raise InputError(f"`mode_guidance_stop` is {self.mode_guidance_stop}; it must be above 0 and at most 1.")
         if "{name}" not in self.prompt:
             raise InputError(f"`prompt` is {self.prompt!r}; it must contain {{name}}, for the class name.")
 

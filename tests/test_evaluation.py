@@ -1,6 +1,7 @@
 """Is a distilled set better than random real images? The arms, their trainings, and the words of the answer."""
 
 import csv
+import dataclasses
 import json
 import math
 import struct
@@ -21,13 +22,14 @@ from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.distillation import synthesise
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.evaluation import runs
-from d4m_plugin.evaluation.arms import Arms
+from d4m_plugin.evaluation.arms import Arms, herded
 from d4m_plugin.evaluation.compare import compare
 from d4m_plugin.evaluation.evaluate import evaluate, results_of, steps_of
 from d4m_plugin.evaluation.runs import Protocol, Trainings, trained
 from d4m_plugin.evaluation.sets import open_set, ours
 from d4m_plugin.evaluation.sweep import setting_row, sweep
 from d4m_plugin.evaluation.verdict import dd_ranking, interval, sentences, table_of
+from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import random_subset
 from tests.toys import Squares
@@ -128,6 +130,71 @@ def test_the_nearest_arm_takes_each_prototypes_nearest_images_once(arms, squares
         nearest = pixels_of(train)[members][order[:, 0]].flatten(1)
         assert torch.equal(found[label, :2], nearest)
         assert len(found[label].unique(dim=0)) == 4
+
+
+class OfBrightness(torch.nn.Module):
+    """A classifier of squares by their mean colour, whose features are the channels' means."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = torch.nn.Linear(3, 3)
+
+    def forward(self, images):
+        return self.last(images.mean((2, 3)))
+
+
+@pytest.fixture
+def judging(arms, squares):
+    """Arms of another method's set, whose teacher is a small network of known features."""
+    judged = dataclasses.replace(arms.judged, dataset=None)
+    own = Arms(judged, squares)
+    own.network = OfBrightness()
+    return own
+
+
+def features_by_class(arms):
+    pixels, targets = pixels_of(arms.train), torch.as_tensor(arms.train.targets)
+    features = pixels.float().mean((2, 3)) / 255
+    return [(pixels[targets == label], features[targets == label]) for label in range(3)]
+
+
+def test_confident_images_are_those_that_the_teacher_is_surest_of(judging):
+    found = pixels_of(judging.images("confident", 0)).view(3, 4, 3, 16, 16)
+    for label, (pixels, features) in enumerate(features_by_class(judging)):
+        surest = judging.network.last(features).softmax(1)[:, label].argsort(descending=True)[:4]
+        assert torch.equal(found[label], pixels[surest])
+
+
+def test_herding_takes_what_brings_the_mean_nearest_to_that_of_the_class(judging):
+    found = pixels_of(judging.images("herding", 0)).view(3, 4, 3, 16, 16)
+    for label, (pixels, features) in enumerate(features_by_class(judging)):
+        points, taken = torch.nn.functional.normalize(features.double()), []
+        for _ in range(4):
+            left = [n for n in range(len(points)) if n not in taken]
+            taken.append(min(left, key=lambda n: float((points.mean(0) - points[[*taken, n]].mean(0)).norm())))
+        assert torch.equal(found[label], pixels[taken])
+
+
+def test_herded_features_have_the_mean_of_all_sooner_than_random_ones():
+    features = torch.randn(200, 8, generator=generator_of(0)) + 1
+    points = torch.nn.functional.normalize(features)
+    chosen = herded(features, 10)
+    distance = (points[chosen].mean(0) - points.mean(0)).norm()
+    of_random = [
+        (points[torch.randperm(200, generator=generator_of(seed))[:10]].mean(0) - points.mean(0)).norm()
+        for seed in range(20)
+    ]
+    assert distance < min(of_random)
+    assert sorted(herded(features, 200).tolist()) == list(range(200))
+
+
+def test_what_a_teacher_chooses_depends_on_the_teacher_and_not_on_the_set(judging):
+    others = Arms(judging.judged, judging.source, teacher="digits")
+    assert others.decided_by("herding") != judging.decided_by("herding") == judging.decided_by("confident")
+    other_set = Arms(dataclasses.replace(judging.judged, fingerprint="another"), judging.source)
+    assert other_set.decided_by("herding") == judging.decided_by("herding")
+    with pytest.raises(InputError, match="does not know 3 of 3 classes of squares"):
+        others.check(("herding",))
 
 
 def test_decoded_prototypes_come_again_where_there_are_fewer_than_images(arms):
@@ -322,7 +389,7 @@ def test_all_arms_of_a_seed_start_from_the_same_weights_and_randomness(arms, tmp
         return fit(trainer, student, datamodule=datamodule)
 
     monkeypatch.setattr(L.Trainer, "fit", spy)
-    all_arms = ("nearest", "decoded", "generated", "reconstructed", "real")
+    all_arms = ("herding", "confident", "nearest", "decoded", "generated", "reconstructed", "real")
     results(arms, protocol(arms=all_arms), tmp_path / "runs")
     assert [len(states) for states in starts.values()] == [1, 1]  # one for each of two seeds
 

@@ -77,6 +77,21 @@ def test_with_every_scheduler_too(folder, family, scheduler):
     assert (in_batches(model, starts(model), **options) - expected).abs().max() < 1.01 / 255
 
 
+@pytest.mark.parametrize(
+    ("family", "scheduler"), [*((family, None) for family in families.FAMILIES), *(("sd", each) for each in SCHEDULERS)]
+)
+def test_mode_guidance_pulls_back_to_the_start(folder, family, scheduler):
+    model = LatentDiffusion(folder(family), scheduler=scheduler, dtype=torch.float32)
+    options = {"strength": 1.0, "num_inference_steps": 8, "mode_guidance_stop": 1.0}
+
+    def distance(scale):
+        generators = [generator_of(1, index) for index in range(len(PROMPTS))]
+        found = model.denoise(starts(model), PROMPTS, generators, mode_guidance_scale=scale, **options)
+        return float((found - starts(model)).norm())
+
+    assert distance(0.5) < distance(0.1) < distance(0.0)
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_latents_are_those_that_the_pipeline_makes_of_an_image(folder, family):
     """With the shift and scale of its VAE's configuration."""

@@ -12,12 +12,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
+from d4m_plugin.cache import checksum
+from d4m_plugin.devices import default_device
 from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
 from d4m_plugin.distillation import BLOCK, open_model, synthesise
 from d4m_plugin.distilled import png, read_prototypes, shards
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError
+from d4m_plugin.evaluation.pictures import features_of
 from d4m_plugin.evaluation.sets import JudgedSet, Squares
 from d4m_plugin.hub import find_repository
 from d4m_plugin.preview import to_pil
@@ -27,12 +31,26 @@ from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import Resize, squares_of, to_pixels
+from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import Chosen, at_most
+from d4m_plugin.teachers import Teacher, load_teacher
 from d4m_plugin.units import SILENCE, Units, load_tensors, save_tensors
 
-Arm = Literal["distilled", "random", "equal_bytes", "nearest", "decoded", "generated", "reconstructed", "real"]
+Arm = Literal[
+    "distilled",
+    "random",
+    "equal_bytes",
+    "herding",
+    "confident",
+    "nearest",
+    "decoded",
+    "generated",
+    "reconstructed",
+    "real",
+]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 NEEDED: dict[str, set[Arm]] = {  # of Arms, by which arms
+    "network": {"herding", "confident"},
     "recipe": {"nearest", "decoded", "generated", "reconstructed"},
     "prototypes": {"nearest", "decoded"},
 }
@@ -42,17 +60,21 @@ class Arms:
     """The images of each arm, as many of each class as the distilled set has, but for `equal_bytes` and `real`.
 
     `distilled`: the set. `random`: real training images, drawn anew for each seed. `equal_bytes`: as many of those as
-    the set's bytes hold, each as it lies on disk, of each class in turn. `nearest`: to each prototype, the real images
-    whose latents are nearest. `decoded`: the prototypes through the VAE alone. `generated`: by the same model and
-    prompts from noise alone, without prototypes. `reconstructed`: those of `random` through the VAE and back, which is
-    what the VAE costs. `real`: all real training images. All are squares of the set's size.
+    the set's bytes hold, each as it lies on disk, of each class in turn. `herding`: real images whose features under
+    the teacher have, together, the mean of their class. `confident`: the real images that the teacher is surest of.
+    `nearest`: to each prototype, the real images whose latents are nearest. `decoded`: the prototypes through the VAE
+    alone. `generated`: by the same model and prompts from noise alone, without prototypes. `reconstructed`: those of
+    `random` through the VAE and back, which is what the VAE costs. `real`: all real training images. All are squares of
+    the set's size.
 
     Args:
         judged: the distilled set.
         source: the real images that it was distilled from.
         diffusion: where the model lies, where the set's record names a folder.
         left_out: of the training images, those that no arm may use, int64.
-        kept: a folder where images that a model makes are kept: no later training, or command, makes them again.
+        kept: a folder where images that a model makes or finds are kept: no later training, or command, does it again.
+        teacher: who chooses, as TeacherMatching takes it.
+        cache_dir: as for D4MDataModule.
     """
 
     def __init__(
@@ -62,8 +84,11 @@ class Arms:
         diffusion: str | None = None,
         left_out: Tensor | None = None,
         kept: Path | None = None,
+        teacher: str = "auto",
+        cache_dir: Path | None = None,
     ) -> None:
         self.judged, self.source, self.diffusion, self.left_out, self.kept = judged, source, diffusion, left_out, kept
+        self.teacher, self.cache_dir = teacher, cache_dir
 
     @cached_property
     def train(self) -> LabelledImages:
@@ -78,7 +103,8 @@ class Arms:
 
         Raises:
             InputError: where a class has fewer real images than the set, the set is not one of ours, its model is not
-                the one it was made by, it has no prototypes, or the source does not tell what its images take on disk.
+                the one it was made by, it has no prototypes, there is no teacher, or the source does not tell what its
+                images take on disk.
         """
         there = np.bincount(np.asarray(self.train.targets), minlength=len(self.source.classes)).tolist()
         for name, wanted, count in zip(self.source.classes, self.judged.counts, there, strict=True):
@@ -100,7 +126,7 @@ class Arms:
         """Return the images of an arm; those of `random`, `equal_bytes` and `reconstructed` depend on the seed."""
         if arm == "distilled":
             return self.judged.squares
-        if arm in NEEDED["recipe"]:
+        if arm in NEEDED["recipe"] | NEEDED["network"]:
             return Squares(self._made(arm, seed), self._labels())
         if arm == "real":
             return self._squared(self.train)
@@ -108,7 +134,9 @@ class Arms:
 
     def _made(self, arm: Arm, seed: int) -> Tensor:
         """Return what a model makes or finds, uint8, shape (N, 3, H, H), class by class."""
-        if arm == "nearest":
+        if arm in NEEDED["network"]:
+            pixels = self._kept({arm: partial(self._chosen_by_the_teacher, arm)})
+        elif arm == "nearest":
             pixels = self._kept({arm: self._nearest})
         elif arm == "decoded":
             pixels = self._kept({arm: self._decoded})
@@ -129,10 +157,10 @@ class Arms:
         folder = self.kept
         if folder is None:
             return torch.cat([make() for make in parts.values()])
-        assert self.judged.dataset is not None  # or there were no model
-        judged, metadata = self.judged, self.judged.dataset.metadata
-        decides = [judged.fingerprint, judged.image_size, judged.resize, metadata["recipe"], metadata["model"]]
+        judged, dataset = self.judged, self.judged.dataset
+        decides = [judged.fingerprint, judged.image_size, judged.resize, teacher_digest(self.teacher)]
         decides += [self.source.fingerprint, None if self.left_out is None else self.left_out.tolist()]
+        decides += [dataset.metadata["recipe"], dataset.metadata["model"]] if dataset else []
         key = digest([json.dumps(decides, sort_keys=True)])[:12]
         makers = {f"{name}-{key}.safetensors": make for name, make in parts.items()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +197,14 @@ class Arms:
             return self.judged.counts
         if arm == "equal_bytes":
             return self.bytes
+        if arm in NEEDED["network"]:
+            return [self.judged.counts, teacher_digest(self.teacher)]
         return None if arm == "real" else self.judged.fingerprint
+
+    @cached_property
+    def network(self) -> Teacher:
+        """The teacher."""
+        return load_teacher(self.teacher, self.source, self.cache_dir).to(default_device()).eval()
 
     @cached_property
     def recipe(self) -> ResolvedRecipe:
@@ -256,6 +291,18 @@ class Arms:
         latents = list(self._latents_of(self._random(seed)))
         return self.model.decode(torch.cat([of_class for _, of_class in latents]), self.judged.image_size)
 
+    def _chosen_by_the_teacher(self, arm: Arm) -> Tensor:
+        """Class by class, so that the real images of one are held."""
+        chosen = []
+        for label, members in members_by_label(self.train.targets).items():
+            own = Chosen(self.train, members)
+            count = self.judged.counts[label]
+            pixels = squares_of(own, self.judged.image_size, self.judged.resize)
+            features, logits = features_of(self.network, pixels)
+            sure = logits.softmax(1)[:, label].argsort(descending=True, stable=True)
+            chosen.append(pixels[herded(features, count) if arm == "herding" else sure[:count]])
+        return torch.cat(chosen)
+
     def _nearest(self) -> Tensor:
         """Each prototype in turn takes the nearest image that none before it has."""
         targets = torch.as_tensor(self.train.targets)
@@ -275,6 +322,31 @@ class Arms:
     def _latents_of(self, images: LabelledImages) -> Iterator[tuple[int, Tensor]]:
         labels = sorted(set(torch.as_tensor(images.targets).tolist()))
         return encode(images, labels, self.model, self._resolution, self.recipe.resize, BLOCK)
+
+
+def herded(features: Tensor, count: int) -> Tensor:
+    """Return the indices of images whose mean feature is, after each one, as near as can be to that of all.
+
+    iCaRL (arXiv:1611.07725), Algorithm 4, on features of length 1.
+
+    Args:
+        features: float32, shape (N, D).
+        count: how many images, at most N.
+    """
+    points = F.normalize(features.double())
+    mean, total = points.mean(0), torch.zeros_like(points[0])
+    chosen: list[int] = []
+    for number in range(1, count + 1):
+        distances = (mean - (total + points) / number).norm(dim=1)
+        distances[chosen] = torch.inf
+        chosen.append(int(distances.argmin()))
+        total += points[chosen[-1]]
+    return torch.tensor(chosen, dtype=torch.int64)
+
+
+def teacher_digest(teacher: str) -> str:
+    """Return what tells a teacher from others: a file by its content."""
+    return checksum(Path(teacher)) if Path(teacher).is_file() else teacher
 
 
 class Squared:

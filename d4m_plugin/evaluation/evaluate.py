@@ -72,9 +72,10 @@ def evaluate(
         output: the folder of the report; by default one in `evaluations`, named after the set.
         config_name: which of several sets.
         arms: what is trained on besides `distilled` and `random`: `equal_bytes` (as many random real images as take
-            the bytes of the set on disk), `real` (all images), `nearest` (real images nearest to the prototypes),
-            `decoded` (prototypes through the VAE alone), `generated` (without prototypes), `reconstructed` (random real
-            ones through the VAE).
+            the bytes of the set on disk), `real` (all images), `herding` (real images that have, under the teacher, the
+            mean of their class), `confident` (those that the teacher is surest of), `nearest` (those nearest to the
+            prototypes), `decoded` (prototypes through the VAE alone), `generated` (without prototypes), `reconstructed`
+            (random real ones through the VAE).
         labels: `teacher`, its softened outputs (Training-Time Matching), and `hard`, the images' own.
         students: `convnet`, or torchvision classifiers such as resnet18.
         seeds: trainings of each kind, from which the 95 % intervals come.
@@ -112,7 +113,7 @@ def evaluate(
     )
     make_writable(folder, "output")
     network = network_of(features, protocol, source, judged, cache_dir)
-    arms_of_set = Arms(judged, source, diffusion, kept=folder / "arms")
+    arms_of_set = Arms(judged, source, diffusion, kept=folder / "arms", teacher=teacher, cache_dir=cache_dir)
     trainings = Trainings(arms_of_set, protocol, folder / "runs", compile, num_workers, cache_dir)
     runs = trained(trainings.of_seeds(), folder / "runs")
     if not is_first():

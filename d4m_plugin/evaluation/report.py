@@ -61,6 +61,8 @@ WHAT_ARMS_ARE = {
     "distilled": "the set",
     "random": "as many real images a class, drawn anew for each seed",
     "equal_bytes": "as many random real images as take the bytes of the set on disk, drawn anew for each seed",
+    "herding": "real images that have together, under the teacher, the mean of their class",
+    "confident": "the real images that the teacher is surest of",
     "nearest": "the real images nearest to the prototypes",
     "decoded": "the prototypes through the VAE alone",
     "generated": "as many images of the model, without prototypes",

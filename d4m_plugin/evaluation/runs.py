@@ -18,13 +18,13 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
 
-from d4m_plugin.cache import checksum, resolve_cache_dir
+from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.callbacks import TeacherMatching
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import autocast, compute_dtype, default_device, this_device, trainer_precision
 from d4m_plugin.diffusion import digest
 from d4m_plugin.errors import InputError
-from d4m_plugin.evaluation.arms import ARMS, Arm, Arms
+from d4m_plugin.evaluation.arms import ARMS, Arm, Arms, teacher_digest
 from d4m_plugin.models.classifier import ImageClassifier
 from d4m_plugin.progress import Progress
 from d4m_plugin.screening import check_images, test_fingerprint
@@ -156,7 +156,7 @@ class Trainings:
         cache = resolve_cache_dir(cache_dir)
         check_images(source, source.train(), "training images", source.fingerprint, cache, num_workers)
         arms.check(protocol.arms)
-        self._teacher = _digest(protocol.teacher)
+        self._teacher = teacher_digest(protocol.teacher)
         self._decides = {
             "source": [source.fingerprint, test_fingerprint(source, source.test()), list(source.classes)],
             "seen": [source.mean, source.std, source.flip, judged.image_size, judged.resize],
@@ -267,7 +267,8 @@ class Trainings:
     @cached_property
     def _arms_beside_the_slice(self) -> Arms:
         left_out = torch.from_numpy(self._slice.indices)
-        return Arms(self.arms.judged, self.arms.source, self.arms.diffusion, left_out, self.arms.kept)
+        arms = self.arms
+        return Arms(arms.judged, arms.source, arms.diffusion, left_out, arms.kept, arms.teacher, arms.cache_dir)
 
     @torch.inference_mode()
     def _named_of_the_slice(self, student: ImageClassifier, data: D4MDataModule) -> tuple[Tensor, Tensor]:
@@ -322,11 +323,6 @@ def trained(trainings: Sequence[Training], folder: Path) -> list[dict[str, Any]]
 
 def _read_row(path: Path) -> dict[str, Any]:
     return load_json(path, Row)
-
-
-def _digest(teacher: str) -> str:
-    """Return what tells a teacher from others: a file by its content."""
-    return checksum(Path(teacher)) if Path(teacher).is_file() else teacher
 
 
 class _Curve(L.Callback):
