@@ -120,8 +120,8 @@ class D4MCLI(LightningCLI):
             options = f"--data.train_on random --data.ipc {math.ceil(len(found) / data.num_classes)}"
             if STORED in self._get(self.config_init, "matching").teachers:
                 options += f" --matching.teacher {shlex.quote(data.distilled.metadata['labels']['teacher'])}"
-            if data.weighted:
-                options += " --data.weighted false"
+            if data.weighting != "uniform":
+                options += " --data.weighting uniform"
             if data.push:
                 options += " --data.push false"
             return rows | {

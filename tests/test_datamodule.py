@@ -92,17 +92,20 @@ def test_images_of_other_sizes_are_cropped_from_the_whole_by_the_loader(tmp_path
     assert few._held_training_set.tensors[0].shape == (2, 3, 20, 20)
 
 
-def test_weighted_draws_by_each_prototypes_share_of_its_class(squares):
+@pytest.mark.parametrize(("weighting", "power"), [("share", 1.0), ("root", 0.5)])
+def test_images_are_drawn_by_their_prototypes_share_of_the_class(squares, weighting, power):
     torch.manual_seed(0)
     data = D4MDataModule(
-        squares, weighted=True, ipc=3, num_inference_steps=2, batch_size=9, crop_scale=(1, 1), flip=False
+        squares, weighting=weighting, ipc=3, num_inference_steps=2, batch_size=9, crop_scale=(1, 1), flip=False
     )
     stored = data.distilled
     drawn = torch.zeros(9)
     for _ in range(400):
         for images, _ in data.train_dataloader():
             drawn += (images[:, None] == stored.images).flatten(2).all(2).sum(0)
-    torch.testing.assert_close(drawn / drawn.sum() * 3, stored.weights, atol=0.04, rtol=0)
+    expected = (stored.weights**power).view(3, 3)
+    expected /= expected.sum(1, keepdim=True)
+    torch.testing.assert_close((drawn / drawn.sum() * 3).view(3, 3), expected, atol=0.04, rtol=0)
     assert stored.weights.std() > 0.05  # the shares do differ
 
 
@@ -157,7 +160,8 @@ def test_a_set_of_other_classes_is_refused_at_once(squares, tmp_path):
         ({"crop_scale": (0.5, 0.1)}, "`crop_scale` is (0.5, 0.1)"),
         ({"crop_scale": (0.0, 1.0)}, "`crop_scale`"),
         ({"ipc": 0}, "`ipc` is 0"),
-        ({"weighted": True, "train_on": "random"}, "`weighted` is true, but `train_on` is 'random'"),
+        ({"weighting": "root", "train_on": "random"}, "`weighting` is 'root', but `train_on` is 'random'"),
+        ({"weighting": "count"}, "`weighting` is 'count'; use uniform, share, root"),
     ],
 )
 def test_a_bad_option_is_named_at_construction(options, says):

@@ -40,6 +40,7 @@ from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import random_subset
 
 LOGITS = "logits"  # the third key of a batch with stored logits
+POWERS = {"uniform": 0.0, "share": 1.0, "root": 0.5}  # of a prototype's share, by which its images are drawn
 HELD_BYTES = 2**31  # of training or test images; more are read anew for each batch
 
 
@@ -60,8 +61,9 @@ class D4MDataModule(L.LightningDataModule):
         keep_latents: keep what the VAE made of the real images in the cache, for other sets of the same source.
         crop_scale: share of the image's area that a random crop covers, least and most.
         flip: mirror half of the training images; by default where the source says that it does no harm.
-        weighted: draw each distilled image, with replacement, as often as its prototype's share of the class says; an
-            epoch draws as many images as there are.
+        weighting: how often each distilled image of a class is drawn: `uniform`, as often as any; by its prototype's
+            `share` of the class, or the square `root` of it (DDOQ, arXiv:2501.07681), then with replacement, as many an
+            epoch as there are.
         batch_keys: for a model that takes batches as dicts, the names of images and labels in them, such as
             `[image, label]` (torchgeo) or `[pixel_values, labels]` (transformers); by default a batch is a tuple.
         cache_dir: where distilled sets are kept; by default $D4M_CACHE, else ~/.cache/d4m.
@@ -94,7 +96,7 @@ class D4MDataModule(L.LightningDataModule):
         keep_latents: bool = False,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: bool | None = None,
-        weighted: bool = False,
+        weighting: Literal["uniform", "share", "root"] = "uniform",
         batch_keys: tuple[str, str] | None = None,
         cache_dir: str | Path | None = None,
         set_folder: str | Path | None = None,
@@ -115,8 +117,12 @@ class D4MDataModule(L.LightningDataModule):
             )
         if hub_id and set_folder:
             raise InputError(f"`hub_id` is {hub_id!r} and `set_folder` {str(set_folder)!r}; name one set.")
-        if weighted and train_on != "distilled":
-            raise InputError(f"`weighted` is true, but `train_on` is {train_on!r}; only distilled images have weights.")
+        if weighting not in POWERS:
+            raise InputError(f"`weighting` is {weighting!r}; use {', '.join(POWERS)}.")
+        if weighting != "uniform" and train_on != "distilled":
+            raise InputError(
+                f"`weighting` is {weighting!r}, but `train_on` is {train_on!r}; only distilled images have weights."
+            )
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("distill_batch_size", distill_batch_size, 1),
@@ -136,7 +142,7 @@ class D4MDataModule(L.LightningDataModule):
         self.batch_size, self.distill_batch_size = batch_size, distill_batch_size
         self.crop_scale, self.cache_dir, self.keep_latents = crop_scale, cache_dir, keep_latents
         self.batch_keys = batch_keys
-        self.weighted = weighted
+        self.weighting = weighting
         self._logits: Tensor | None = None
         self.flip = self.source.flip if flip is None else flip
         self.num_classes = len(self.source.classes)
@@ -154,8 +160,10 @@ class D4MDataModule(L.LightningDataModule):
                 self._named_set = found
         own = self._named_set.recipe["image_size"] if self._named_set else self.source.image_size
         self.image_size: int = self.recipe.image_size or own
-        if weighted and self._others_set:
-            raise InputError(f"`weighted` is true, but {hub_id} was distilled by another tool and has no weights.")
+        if weighting != "uniform" and self._others_set:
+            raise InputError(
+                f"`weighting` is {weighting!r}, but {hub_id} was distilled by another tool and has no weights."
+            )
         if self._named_set and self._named_set.classes != list(self.source.classes):
             its, ours = listed(self._named_set.classes), listed(self.source.classes)
             raise InputError(
@@ -313,9 +321,9 @@ class D4MDataModule(L.LightningDataModule):
         return to_pixels(image, self.image_size, self.recipe.resize)
 
     def _sampler(self, held: "_Held") -> Sampler[int]:
-        if not self.weighted:
+        if self.weighting == "uniform":
             return RandomSampler(held)
-        weights = self.distilled.weights.double()
+        weights = self.distilled.weights.double() ** POWERS[self.weighting]
         labels = torch.as_tensor(self.distilled.targets)
         of_class = torch.zeros(self.num_classes, dtype=torch.float64).index_add(0, labels, weights)
         return WeightedRandomSampler((weights / of_class[labels]).tolist(), len(held))
