@@ -81,6 +81,24 @@ class D4MCLI(LightningCLI):
             kwargs["callbacks"] = [*callbacks, RunProgress()]
         return super().instantiate_trainer(**kwargs)
 
+    def before_fit(self) -> None:
+        """Refuse a checkpoint that is not there."""
+        named = self._get(self.config_init, "ckpt_path")
+        path = str(named or "")
+        if path.endswith(".ckpt") and "://" not in path and not Path(path).is_file():
+            raise InputError(f"`ckpt_path` is {path!r}, and there is no such file.")
+
+    def before_test(self) -> None:
+        """Refuse to measure weights that nothing has trained."""
+        self.before_fit()
+        if isinstance(self.model, ImageClassifier) and not self._get(self.config_init, "ckpt_path"):
+            raise InputError(
+                "`ckpt_path` is missing: an ImageClassifier has random weights without one; name the last.ckpt of a "
+                "run of `lightning fit`."
+            )
+
+    before_validate = before_predict = before_test
+
     def after_fit(self) -> None:
         """Measure the student on the real test images, and say what there is now and what to do next."""
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it from its argument

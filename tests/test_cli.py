@@ -49,6 +49,22 @@ def test_fit_alone_runs_whole_and_finds_its_set_again(run):
     assert "Synthesising" not in err
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_random_weights_are_not_measured(run, command):
+    status, _, err = run(command, "--data", "D4MDataModule")
+    assert status == 2
+    assert err == (
+        "error: `ckpt_path` is missing: an ImageClassifier has random weights without one; name the last.ckpt of a run "
+        "of `lightning fit`.\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_checkpoint_that_is_not_there_is_named(run, command):
+    status, _, err = run(command, "--ckpt_path", "no/last.ckpt")
+    assert (status, err) == (2, "error: `ckpt_path` is 'no/last.ckpt', and there is no such file.\n")
+
+
 def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
     status, out, _ = run("fit", "--data.train_on", "random", "--trainer.max_steps", "3", "--data.batch_size", "20")
     assert status == 0
@@ -63,9 +79,8 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
 
     status, out, err = run("predict", "--ckpt_path", rows["checkpoint"])
     assert status == 0, err
-    assert (
-        run("predict", "--trainer.devices", "2", "--trainer.accelerator", "cpu")[0] == 2
-    )  # half the labels would lack
+    on_two = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--ckpt_path", rows["checkpoint"]]
+    assert "predict writes one file: use 1" in run("predict", *on_two)[2]  # half the labels would lack
     with open(table_of(out)["predictions"]) as file:
         predicted = [int(row["label"]) for row in csv.DictReader(file)]
     right = [a == b for a, b in zip(predicted, Digits().test().targets, strict=True)]

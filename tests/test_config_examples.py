@@ -8,7 +8,7 @@ from tests import families
 from tests.test_cli import table_of
 
 EXAMPLES = Path(__file__).parent.parent / "config_examples"
-RUN_HERE = {"digits.yaml", "teacher_digits.yaml", "own_module.yaml", "small_batch.yaml"}
+RUN_HERE = {"digits.yaml", "teacher_digits.yaml", "own_module.yaml", "small_batch.yaml", "strong.yaml"}
 OWN_SOURCE = "own_source.yaml"
 MODELS = {  # and the tiny pipeline that stands for each
     "sd2.yaml": "sd_v_prediction",
