@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from d4m_plugin.cache import checksum
 from d4m_plugin.errors import InputError
-from d4m_plugin.hub import NotOnTheHub, find_repository, push
+from d4m_plugin.hub import NotOnTheHub, find_repository
 from d4m_plugin.preview import to_pil
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.record import read_record
@@ -118,6 +118,8 @@ class DistilledDataset(VisionDataset):
         Raises:
             InputError: where the Hub refuses; the set here stays as it is.
         """
+        from d4m_plugin.pushing import push  # a later stage, which takes sets
+
         return push(self, repo_id, private, tag, source_license, model_license)
 
     @cached_property

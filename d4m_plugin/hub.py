@@ -1,12 +1,10 @@
-"""The Hugging Face Hub: how distilled sets get there and come from there.
+"""The Hugging Face Hub: what is read from it, and what is said where it does not answer.
 
-A repository holds several sets, each a folder and a config of `datasets`; its README.md is their card.
+A dataset repository holds several sets, each a folder and a config of `datasets`; its README.md is their card.
 """
 
 import dataclasses
 import errno
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +18,6 @@ from d4m_plugin.errors import InputError
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoCard
-
-    from d4m_plugin.distilled import DistilledDataset
 
 WAITS = (1, 2, 4, 8)  # seconds before another try, where the Hub says nothing else
 LONGEST_WAIT = 300  # seconds that are waited because the Hub says so
@@ -80,135 +76,7 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str], **options
     from huggingface_hub import snapshot_download
 
     options |= {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
-    return _persistently(lambda: Path(snapshot_download(repo_id, **options)), repo_id)
-
-
-def check_write_access(repo_id: str, private: bool = False) -> None:
-    """Make the repository where it is not there, and ask the Hub whether this user may write to it.
-
-    Raises:
-        InputError: where not.
-    """
-    from huggingface_hub import HfApi, get_token
-
-    if get_token() is None:
-        raise InputError(f"`hub_id` is {repo_id!r}, but you are not logged in: run `hf auth login`, or set HF_TOKEN.")
-    api = HfApi(library_name="d4m-plugin")
-
-    def check() -> None:
-        # None leaves the choice to the organisation's settings, as false would not.
-        api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
-        api.auth_check(repo_id, repo_type="dataset", write=True)
-
-    _persistently(check, repo_id)
-
-
-def push(
-    dataset: "DistilledDataset",
-    repo_id: str,
-    private: bool,
-    tag: str | None,
-    source_license: str | None,
-    model_license: str | None,
-) -> str:
-    """Upload a set as DistilledDataset.push_to_hub says, and return the commit."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(library_name="d4m-plugin")
-    _check_files(dataset)
-    metadata = _with_licenses(dataset.metadata, source_license, model_license)
-    check_write_access(repo_id, private)
-    if tag is not None:
-        refs = _persistently(lambda: api.list_repo_refs(repo_id, repo_type="dataset"), repo_id)
-        if tag in [ref.name for ref in refs.tags]:
-            raise InputError(f"`tag` is {tag!r}, which {repo_id} has already; name another.")
-    commit = _persistently(lambda: _commit(api, dataset, repo_id, metadata), repo_id, str(dataset.root))
-    if tag is not None:
-        name = tag  # which is not None
-        _persistently(lambda: api.create_tag(repo_id, tag=name, revision=commit, repo_type="dataset"), repo_id)
-    _compare(dataset, repo_id, commit, metadata)
-    return commit
-
-
-def _check_files(dataset: "DistilledDataset") -> None:
-    """Refuse a folder with files that its record does not know: a stranger's may link to a secret of this user's."""
-    from d4m_plugin.distilled import checksums
-
-    recorded = dataset.metadata["checksums"]
-    files = [path for path in sorted(dataset.folder.iterdir()) if path.name != "d4m.json"]
-    wrong = [path for path in files if path.name not in recorded or not path.is_file()]
-    if not wrong:
-        found = checksums(dataset.folder)
-        wrong = [path for path in files if found[path.name] != recorded[path.name]]
-    if wrong:
-        raise InputError(
-            f"{str(wrong[0])!r} is not as its d4m.json records it, or not recorded at all; remove it, or make or fetch "
-            "the set anew."
-        )
-
-
-def _with_licenses(metadata: dict[str, Any], source: str | None, model: str | None) -> dict[str, Any]:
-    parts = {}
-    for part, given in (("source", source), ("model", model)):
-        parts[part] = metadata[part] | ({"license": given} if given else {})
-        if parts[part]["license"] == "unknown":
-            logger.warning(
-                "The licence of the %s is not known, and the card will say so; name it as `%s_license`.", part, part
-            )
-    return metadata | parts
-
-
-def _commit(api: Any, dataset: "DistilledDataset", repo_id: str, metadata: dict[str, Any]) -> str:
-    """Make one commit of the set over the newest one, and return it."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, hf_hub_download
-
-    from d4m_plugin.card import merged_card
-
-    config = dataset.folder.name
-    head = api.dataset_info(repo_id)
-    there = [file.rfilename for file in head.siblings]
-    of_config = {name for name in there if name.startswith(f"{config}/")}
-    if of_config and f"{config}/d4m.json" not in of_config:
-        raise InputError(f"`hub_id` is {repo_id!r}, whose {config} was not written by d4m-plugin; name another.")
-    card = None
-    if "README.md" in there:
-        file = hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head.sha)
-        card = Path(file).read_bytes()
-    files: dict[str, Any] = {f"{config}/{path.name}": path for path in sorted(dataset.folder.iterdir())}
-    size = sum(path.stat().st_size for path in dataset.folder.glob("*.parquet"))
-    files[f"{config}/d4m.json"] = _encoded(metadata)
-    files["README.md"] = merged_card(card, config, metadata, size, repo_id, there).encode()
-    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-    operations += [CommitOperationDelete(name) for name in sorted(of_config - set(files))]
-    message = f"{config} of {metadata['source']['name']}, distilled"
-    # The parent makes the Hub refuse where another commit came between, whose card would be lost.
-    made = api.create_commit(
-        repo_id, operations, commit_message=message, repo_type="dataset", parent_commit=head.sha or None
-    )
-    return str(made.oid)
-
-
-def _compare(dataset: "DistilledDataset", repo_id: str, commit: str, metadata: dict[str, Any]) -> None:
-    """Read a pushed set back, and compare it with the one here."""
-    from datasets import load_dataset_builder
-
-    from d4m_plugin.distilled import checksums, features_of
-
-    config = dataset.folder.name
-    sent = checksums(dataset.folder) | {"d4m.json": hashlib.sha256(_encoded(metadata)).hexdigest()}
-    found = checksums(Repository(repo_id, commit, []).fetch(config, whole=True))
-    features = _persistently(lambda: load_dataset_builder(repo_id, config, revision=commit).info.features, repo_id)
-    differs = sorted(name for name in sent.keys() | found.keys() if sent.get(name) != found.get(name))
-    if features != features_of(dataset.classes, dataset.logits is not None):
-        differs.append("features")
-    if differs:
-        raise InputError(
-            f"{repo_id} at {commit} differs from {str(dataset.root)!r} in {', '.join(differs)}: push anew."
-        )
-
-
-def _encoded(metadata: dict[str, Any]) -> bytes:
-    return json.dumps(metadata, indent=2).encode()
+    return persistently(lambda: Path(snapshot_download(repo_id, **options)), repo_id)
 
 
 def license_of(name: str, kind: Literal["dataset", "model"]) -> str:
@@ -255,7 +123,7 @@ def without_folders(value: Any) -> Any:
     return value
 
 
-def _persistently(attempt: Callable[[], T], repo_id: str, local: str | None = None) -> T:
+def persistently(attempt: Callable[[], T], repo_id: str, local: str | None = None) -> T:
     """Return what an attempt does, made again where its failure may pass.
 
     Raises:

@@ -26,7 +26,8 @@ from d4m_plugin.card import merged_card, write_card
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.distilled import read_prototypes
 from d4m_plugin.evaluation.sets import open_set
-from d4m_plugin.hub import license_of, push
+from d4m_plugin.hub import license_of
+from d4m_plugin.pushing import push
 from d4m_plugin.sources import HuggingFace, ImageFolder
 from d4m_plugin.sources.images import read_image
 from d4m_plugin.teachers import load_teacher

@@ -16,12 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
-    Dataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
     WeightedRandomSampler,
-    default_collate,
 )
 from torchvision.transforms import v2
 
@@ -30,8 +28,9 @@ from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
-from d4m_plugin.hub import check_write_access
+from d4m_plugin.loading import Held, Transformed, hold, loader_of
 from d4m_plugin.progress import say
+from d4m_plugin.pushing import check_write_access
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.screening import check_images, readable_source, test_fingerprint
 from d4m_plugin.sharing import OthersSet, find_set, listed
@@ -41,7 +40,6 @@ from d4m_plugin.subsets import random_subset
 
 LOGITS = "logits"  # the third key of a batch with stored logits
 POWERS = {"uniform": 0.0, "share": 1.0, "root": 0.5}  # of a prototype's share, by which its images are drawn
-HELD_BYTES = 2**31  # of training or test images; more are read anew for each batch
 
 
 class D4MDataModule(L.LightningDataModule):
@@ -233,7 +231,7 @@ class D4MDataModule(L.LightningDataModule):
         """Batches of images, uint8 (B, 3, H, W), and labels, int64 (B,); `augmented` prepares them."""
         held = self._held_training_set
         if held:
-            with_logits = held if self._logits is None else _Held(*held.tensors, self._logits)
+            with_logits = held if self._logits is None else Held(*held.tensors, self._logits)
             return self._training_loader(with_logits, self._sampler)
         transform = v2.Compose(
             [
@@ -243,11 +241,11 @@ class D4MDataModule(L.LightningDataModule):
                 v2.RandomHorizontalFlip(0.5 if self.flip else 0.0),
             ]
         )
-        return self._training_loader(_Transformed(self.training_set, transform), RandomSampler)
+        return self._training_loader(Transformed(self.training_set, transform), RandomSampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Real test images, resized and centre-cropped: nothing here chooses by them, the last epoch counts."""
-        return self._loader(self._held_test_set or _Transformed(self.source.test(), self._square), SequentialSampler)
+        return self._loader(self._held_test_set or Transformed(self.source.test(), self._square), SequentialSampler)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -306,21 +304,21 @@ class D4MDataModule(L.LightningDataModule):
         }
 
     @cached_property
-    def _held_training_set(self) -> "_Held | None":
+    def _held_training_set(self) -> Held | None:
         images, size = self.training_set, self.image_size
         if isinstance(images, DistilledDataset) and images.images.shape[-2:] == (size, size):
-            return _Held(images.images, torch.as_tensor(images.targets))
+            return Held(images.images, torch.as_tensor(images.targets))
         # As many as a distilled set are held in any case, as the squares that it would store.
-        return _hold(images, size, self._square, whatever_size=self.train_on != "real")
+        return hold(images, size, self._square, whatever_size=self.train_on != "real")
 
     @cached_property
-    def _held_test_set(self) -> "_Held | None":
-        return _hold(self.source.test(), self.image_size, self._square)
+    def _held_test_set(self) -> Held | None:
+        return hold(self.source.test(), self.image_size, self._square)
 
     def _square(self, image: Image.Image) -> Tensor:
         return to_pixels(image, self.image_size, self.recipe.resize)
 
-    def _sampler(self, held: "_Held") -> Sampler[int]:
+    def _sampler(self, held: Held) -> Sampler[int]:
         if self.weighting == "uniform":
             return RandomSampler(held)
         weights = self.distilled.weights.double() ** POWERS[self.weighting]
@@ -328,71 +326,14 @@ class D4MDataModule(L.LightningDataModule):
         of_class = torch.zeros(self.num_classes, dtype=torch.float64).index_add(0, labels, weights)
         return WeightedRandomSampler((weights / of_class[labels]).tolist(), len(held))
 
-    def _training_loader(
-        self, dataset: "_Held | _Transformed", sampler: Callable[[Any], Sampler[int]]
-    ) -> DataLoader[Any]:
+    def _training_loader(self, dataset: Held | Transformed, sampler: Callable[[Any], Sampler[int]]) -> DataLoader[Any]:
         alone = 1 < self.batch_size < len(dataset) and len(dataset) % self.batch_size == 1
         return self._loader(dataset, sampler, drop_last=alone)  # batch norm has no variance of one image
 
     def _loader(
-        self, dataset: "_Held | _Transformed", sampler: Callable[[Any], Sampler[int]], drop_last: bool = False
+        self, dataset: Held | Transformed, sampler: Callable[[Any], Sampler[int]], drop_last: bool = False
     ) -> DataLoader[Any]:
-        workers = 0 if isinstance(dataset, _Held) else self.num_workers  # a held batch is one indexing
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,  # by name: Lightning makes predict's loader anew from the arguments
-            sampler=sampler(dataset),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=_as_it_is if isinstance(dataset, _Held) else default_collate,
-            drop_last=drop_last,
-        )
-
-
-class _Transformed(Dataset[tuple[Tensor, int]]):
-    """A dataset seen through a transform of its images."""
-
-    def __init__(self, images: LabelledImages, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[index]
-        return self.transform(image), label
-
-
-class _Held(Dataset[tuple[Tensor, ...]]):
-    """Tensors in memory, images uint8 (N, 3, H, W) first, of which a loader takes a batch by one indexing."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = tensors
-
-    def __len__(self) -> int:
-        return len(self.tensors[0])
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        return tuple(tensor[indices] for tensor in self.tensors)
-
-
-def _hold(
-    images: LabelledImages, size: int, square: Callable[[Image.Image], Tensor], whatever_size: bool = False
-) -> _Held | None:
-    """Return images held as squares; None where they are too many, or some are of another size and that matters."""
-    if not whatever_size and 3 * size**2 * len(images) > HELD_BYTES:
-        return None
-    pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
-    for index in range(len(images)):
-        image, _ = images[index]
-        if image.size != (size, size) and not whatever_size:
-            return None
-        pixels[index] = square(image)
-    return _Held(pixels, torch.as_tensor(images.targets))
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+        return loader_of(dataset, sampler, self.batch_size, self.num_workers, drop_last)
 
 
 @contextmanager
