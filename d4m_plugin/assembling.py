@@ -73,7 +73,9 @@ def write_set(
             "rest of `ipc` comes from further noise."
         )
         warnings.warn(sentence, InputWarning, stacklevel=2)
-    decoded = [model.decode(tensors[f"{label}.latents"][:MAX_COLUMNS]) for label in range(min(len(classes), MAX_ROWS))]
+    decoded = [
+        model.decode(tensors[f"{label}.latents"][:MAX_COLUMNS].float()) for label in range(min(len(classes), MAX_ROWS))
+    ]
     grid(decoded, classes).save(folder / "prototypes.png")
 
     first: list[list[Tensor]] = [[] for _ in classes[:MAX_ROWS]]

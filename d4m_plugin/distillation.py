@@ -272,7 +272,7 @@ def make_prototypes(
         started = time.perf_counter()
         found = cluster(latents, recipe.prototypes, seed_of(recipe.seed, label))
         seconds = {"encode": encoding, "cluster": time.perf_counter() - started}
-        save_tensors(class_file(work, label), dataclasses.asdict(found), **seconds)
+        save_tensors(class_file(work, label), {"latents": found.latents.half(), "weights": found.weights}, **seconds)
         _latents_file(work, label).unlink(missing_ok=True)
 
     class_in_hand: Future[None] | None = None
@@ -423,7 +423,8 @@ def of_one_colour(images: Tensor) -> list[int]:
 
 def load_prototypes(work: Path, label: int) -> Prototypes:
     """Return the prototypes of a class from a run's folder."""
-    return Prototypes(**load_tensors(class_file(work, label)))
+    tensors = load_tensors(class_file(work, label))
+    return Prototypes(tensors["latents"].float(), tensors["weights"])
 
 
 def class_file(work: Path, label: int) -> Path:

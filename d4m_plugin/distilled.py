@@ -3,7 +3,7 @@
 README.md                               card
 ipc-10/train-00000-of-00001.parquet     image (PNG), label, prototype, weight, seed, and perhaps logits; at most 500 MB
 ipc-10/d4m.json                         recipe, source, versions, checksums, timings
-ipc-10/prototypes.safetensors           for each label: LABEL.latents [K, C, h, w], LABEL.weights [K]
+ipc-10/prototypes.safetensors           for each label: LABEL.latents [K, C, h, w], float16, LABEL.weights [K]
 ipc-10/preview.png, prototypes.png      a grid each, one row a class
 """
 
@@ -281,11 +281,13 @@ def read_prototypes(file: Path, recipe: dict[str, Any], classes: int) -> list[Pr
             count = len(each.weights)
             if not 1 <= count <= recipe["prototypes"] or each.latents.shape != (count, *shape) or len(shape) != 3:
                 raise ValueError(f"latents of shape {tuple(each.latents.shape)} for {count} weights")
-            if not all(part.dtype == torch.float32 and part.isfinite().all() for part in (each.latents, each.weights)):
-                raise ValueError("values that are no numbers of 32 bits")
+            if (each.latents.dtype, each.weights.dtype) != (torch.float16, torch.float32):
+                raise ValueError("latents that are not of 16 bits, or weights not of 32")
+            if not all(part.isfinite().all() for part in (each.latents, each.weights)):
+                raise ValueError("values that are no numbers")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise InputError(f"{str(file)!r} is missing or damaged ({error}).") from error
-    return found
+    return [Prototypes(each.latents.float(), each.weights) for each in found]
 
 
 def features_of(classes: list[str], with_logits: bool = False) -> Any:

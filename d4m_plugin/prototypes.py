@@ -15,7 +15,7 @@ class Prototypes:
     """The prototypes of one class, the largest cluster first.
 
     Attributes:
-        latents: the cluster centres, float32, shape (K, C, h, w).
+        latents: the cluster centres, float32, shape (K, C, h, w), rounded to float16, in which they are stored.
         weights: each cluster's share of the class, float32, shape (K,), summing to 1.
     """
 
@@ -49,7 +49,8 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
     largest_first = [index for index in np.argsort(-sizes, kind="stable") if sizes[index]]
     centres = np.stack([points[members == index].mean(0) for index in largest_first])
     weights = (sizes[largest_first] / len(points)).astype(np.float32)
-    return Prototypes(torch.from_numpy(centres).view(-1, *latents.shape[1:]), torch.from_numpy(weights))
+    rounded = torch.from_numpy(centres).half().float()  # so that a stored prototype is the one that was drawn from
+    return Prototypes(rounded.view(-1, *latents.shape[1:]), torch.from_numpy(weights))
 
 
 def _without_empty(points: np.ndarray, members: np.ndarray, k: int) -> np.ndarray:
