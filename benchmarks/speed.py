@@ -28,11 +28,11 @@ from torch import Tensor
 
 from d4m_plugin import Digits, ImageFolder, LatentDiffusion, Recipe, distill
 from d4m_plugin.devices import autocast
-from d4m_plugin.distillation import synthesise
 from d4m_plugin.distilled import png
 from d4m_plugin.encoding import encode
 from d4m_plugin.prototypes import Prototypes, cluster
 from d4m_plugin.seeding import generator_of
+from d4m_plugin.synthesis import synthesise
 
 CLASSES, IPC = 10, 10
 FILES = 1000  # encoded

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion
-from d4m_plugin.distillation import BLOCK, open_model, synthesise
+from d4m_plugin.distillation import BLOCK
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError
 from d4m_plugin.preview import grid
@@ -23,6 +23,7 @@ from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.subsets import Chosen, at_most
+from d4m_plugin.synthesis import open_model, synthesise
 
 PNG_SHARE = 0.6  # of a photograph's pixels, what a PNG of them takes
 PROBES = 4  # batches that are encoded to measure it, of which the fastest counts

@@ -17,12 +17,12 @@ import d4m_plugin.assembling as assembling
 import d4m_plugin.distillation as distillation
 from d4m_plugin import DistilledDataset, InputError, LatentDiffusion, Recipe, distill
 from d4m_plugin.devices import Batches
-from d4m_plugin.distillation import synthesise
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.preview import grid
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.subsets import Chosen
+from d4m_plugin.synthesis import synthesise
 from tests import toys
 from tests.toys import Squares
 

@@ -19,7 +19,6 @@ from scipy import stats
 from d4m_plugin import D4MDataModule, Digits, DistilledDataset, InputError, Recipe, distill
 from d4m_plugin.card import accuracy
 from d4m_plugin.diffusion import LatentDiffusion
-from d4m_plugin.distillation import synthesise
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.evaluation import runs
 from d4m_plugin.evaluation.arms import Arms, herded
@@ -32,6 +31,7 @@ from d4m_plugin.evaluation.verdict import dd_ranking, interval, sentences, table
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import random_subset
+from d4m_plugin.synthesis import synthesise
 from tests.toys import Squares
 
 CHEAP = {"num_inference_steps": 2, "strength": 1.0}

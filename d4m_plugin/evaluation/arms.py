@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from d4m_plugin.cache import checksum
 from d4m_plugin.devices import default_device
 from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
-from d4m_plugin.distillation import BLOCK, open_model, synthesise
+from d4m_plugin.distillation import BLOCK
 from d4m_plugin.distilled import png, read_prototypes, shards
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError
@@ -33,6 +33,7 @@ from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import Resize, squares_of, to_pixels
 from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import Chosen, at_most
+from d4m_plugin.synthesis import open_model, synthesise
 from d4m_plugin.teachers import Teacher, load_teacher
 from d4m_plugin.units import SILENCE, Units, load_tensors, save_tensors
 

@@ -17,9 +17,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from d4m_plugin.distillation import of_one_colour
 from d4m_plugin.errors import InputError
 from d4m_plugin.preview import grid
+from d4m_plugin.synthesis import of_one_colour
 from d4m_plugin.teachers import PRETRAINED, name_of, open_pretrained
 
 NEIGHBOURS = 5  # real ones in the ball around a real image; the authors' choice
