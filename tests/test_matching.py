@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from d4m_plugin.matching import cutmix, matching_loss, mixup, soften, unmixed
 
@@ -64,6 +65,17 @@ def test_cutmix_takes_one_box_from_the_permuted_images(batch):
                 assert taken[i, 0].sum() == len(rows) * len(columns)  # a rectangle
     assert min(shares) < 0.4
     assert max(shares) > 0.9
+
+
+def test_cutmix_keeps_as_much_of_the_images_as_torchvisions():
+    """Their mean and spread over many draws, which tell a box of another size."""
+    torch.manual_seed(0)
+    images, theirs = torch.zeros(2, 3, 32, 32), v2.CutMix(num_classes=2)
+    labels = torch.tensor([0, 1])
+    ours = torch.tensor([cutmix(images).share for _ in range(1000)])
+    of_torchvision = torch.stack([theirs(images, labels)[1][0, 0] for _ in range(1000)])
+    assert ours.mean() == pytest.approx(float(of_torchvision.mean()), abs=0.03)
+    assert ours.std() == pytest.approx(float(of_torchvision.std()), abs=0.03)
 
 
 def test_labels_are_those_of_the_larger_part(batch):
