@@ -5,8 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-import d4m_plugin.pretraining as pretraining
-from d4m_plugin import InputError, LatentDiffusion, Recipe, distill
+from d4m_plugin import InputError, LatentDiffusion, Recipe, distill, latent_training
 from d4m_plugin.pretraining import byte_tokenizer, pretrain, tokenize
 from tests.toys import Squares
 
@@ -62,6 +61,24 @@ def test_the_product_distils(pretrained):
     assert len(distill(Squares(), recipe)) == 3
 
 
+def test_a_pipeline_goes_on_learning_with_its_own_vae(pretrained, tmp_path):
+    options = {"start_from": str(pretrained), "unet_steps": 20, "batch_size": 16}
+    further = pretrain(Squares(per_class=30), tmp_path / "further", **options)
+    before, after = files(pretrained), files(further)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    again = pretrain(Squares(per_class=30), tmp_path / "again", **options)
+    assert files(again) == after
+
+
+def test_what_cannot_go_on_learning_is_named(random_pipeline, pretrained, tmp_path):
+    with pytest.raises(InputError, match=r"`start_from` is .*random', which is no pipeline of `d4m pretrain`"):
+        pretrain(Squares(), tmp_path / "new", start_from=str(random_pipeline))
+    with pytest.raises(InputError, match="of 16 pixels, and `image_size` 32; use its own"):
+        pretrain(Squares(), tmp_path / "new", start_from=str(pretrained), image_size=32)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_same_command_gives_the_same_pipeline(tmp_path):
     options = {"unet_channels": (32, 64), "vae_steps": 2, "unet_steps": 40}
     first, second = (pretrain(output=tmp_path / name, **options) for name in ("first", "second"))
@@ -69,10 +86,10 @@ def test_the_same_command_gives_the_same_pipeline(tmp_path):
 
 
 def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretraining, "STEPS_A_CHECKPOINT", 10)
+    monkeypatch.setattr(latent_training, "STEPS_A_CHECKPOINT", 10)
     options = {"vae_channels": (16, 16), "unet_channels": (32, 32), "vae_steps": 25, "unet_steps": 40, "batch_size": 4}
     whole = pretrain(Squares(), tmp_path / "whole", **options)
-    draw, made = pretraining._Training.draw, []
+    draw, made = latent_training.Training.draw, []
 
     def killed_at(step):
         def draws(self):
@@ -87,11 +104,11 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(tmp_path, monkey
         raise OSError("No space left on device")
 
     for step in (13, 50):  # in the VAE's second ten, and in the U-Net's third ten
-        monkeypatch.setattr(pretraining._Training, "draw", killed_at(step))
+        monkeypatch.setattr(latent_training.Training, "draw", killed_at(step))
         with pytest.raises(InterruptedError):
             pretrain(Squares(), tmp_path / "killed", **options)
         assert not (tmp_path / "killed").exists()
-    monkeypatch.setattr(pretraining._Training, "draw", killed_at(None))
+    monkeypatch.setattr(latent_training.Training, "draw", killed_at(None))
     with monkeypatch.context() as patch:
         patch.setattr(StableDiffusionPipeline, "save_pretrained", full)
         with pytest.raises(OSError, match="No space"):  # after the last step
