@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from d4m_plugin import InputError, Recipe
+from d4m_plugin import InputError, Recipe, TeacherMatching
 from tests.toys import Squares
 
 
@@ -17,6 +17,8 @@ from tests.toys import Squares
         ({"strength": float("nan")}, "`strength` is nan"),
         ({"num_inference_steps": 1, "strength": 0.7}, "at least 2 steps"),
         ({"guidance_scale": -1.0}, "`guidance_scale` is -1.0"),
+        ({"mode_guidance_scale": -0.1}, "`mode_guidance_scale` is -0.1; it must be at least 0"),
+        ({"mode_guidance_stop": 0.0}, "`mode_guidance_stop` is 0.0; it must be above 0 and at most 1"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
         ({"image_size": 0}, "`image_size` is 0"),
         ({"resolution": -8}, "`resolution` is -8"),
@@ -50,6 +52,16 @@ def test_a_bad_value_is_named_with_what_would_be_right(options, says):
 @pytest.mark.parametrize(("ipc", "prototypes"), [(1, 1), (10, 10), (99, 99), (100, 50), (200, 50), (120, 40)])
 def test_prototypes_follow_the_papers_rule(ipc, prototypes, squares):
     assert Recipe(ipc=ipc).resolved(squares).prototypes == prototypes
+
+
+def test_the_defaults_are_the_papers():
+    """D4M, section 4.1 and supplement; the steps are the authors' code's."""
+    recipe = Recipe()
+    assert (recipe.strength, recipe.guidance_scale, recipe.num_inference_steps) == (0.7, 8.0, 50)
+    assert recipe.mode_guidance_scale == 0
+    matching = TeacherMatching()
+    assert (matching.temperature, matching.loss, matching.mixing) == (20.0, "kl", "cutmix")
+    assert (matching.scale_by_temperature, matching.hard_label_weight) == (False, 0.0)
 
 
 def test_one_full_step_is_enough():
