@@ -39,6 +39,7 @@ def sweep(
     guidance_scale: tuple[float, ...] = (),
     prototypes: tuple[int, ...] = (),
     num_inference_steps: tuple[int, ...] = (),
+    mode_guidance_scale: tuple[float, ...] = (),
     ipc: int = 10,
     recipe: dict[str, Any] | None = None,
     labels: tuple[Labels, ...] = ("teacher", "hard"),
@@ -66,6 +67,7 @@ def sweep(
         guidance_scale: values to try.
         prototypes: values to try, divisors of `ipc`.
         num_inference_steps: values to try.
+        mode_guidance_scale: values to try.
         ipc: images per class.
         recipe: other options of the Recipe, the same for all.
         labels: `teacher` and `hard`.
@@ -93,6 +95,7 @@ def sweep(
         "guidance_scale": guidance_scale,
         "prototypes": prototypes,
         "num_inference_steps": num_inference_steps,
+        "mode_guidance_scale": mode_guidance_scale,
     }
     varied = {name: values for name, values in given.items() if values}
     if not varied:
