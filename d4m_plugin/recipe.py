@@ -112,6 +112,11 @@ class Recipe:
             raise InputError(f"`mode_guidance_scale` is {self.mode_guidance_scale}; it must be at least 0 (off).")
         if not 0 < self.mode_guidance_stop <= 1:
             raise InputError(f"`mode_guidance_stop` is {self.mode_guidance_stop}; it must be above 0 and at most 1.")
+        if self.mode_guidance_scale and self.strength <= 1 - self.mode_guidance_stop:
+            raise InputError(
+                f"`mode_guidance_scale` is {self.mode_guidance_scale}, but with a `strength` of {self.strength} and a "
+                f"`mode_guidance_stop` of {self.mode_guidance_stop} no step is pulled; raise one of them."
+            )
         if "{name}" not in self.prompt:
             raise InputError(f"`prompt` is {self.prompt!r}; it must contain {{name}}, for the class name.")
 

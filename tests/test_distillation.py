@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import d4m_plugin.assembling as assembling
 import d4m_plugin.distillation as distillation
+import d4m_plugin.synthesis as synthesis
 from d4m_plugin import DistilledDataset, InputError, LatentDiffusion, Recipe, distill
 from d4m_plugin.devices import Batches
 from d4m_plugin.errors import InputWarning
@@ -64,7 +65,7 @@ def test_the_same_recipe_gives_the_same_bytes(squares, tmp_path):
 
 
 def test_the_batch_size_changes_a_set_by_rounding_only(squares, tmp_path, monkeypatch, random_model):
-    monkeypatch.setattr(distillation, "LatentDiffusion", lambda *_, **__: random_model)  # float32
+    monkeypatch.setattr(synthesis, "LatentDiffusion", lambda *_, **__: random_model)  # float32
     whole = distill(squares, RECIPE, output=tmp_path / "whole")
     split = distill(squares, RECIPE, output=tmp_path / "split", batch_size=5)
     assert (whole.images.int() - split.images.int()).abs().max() <= 1
@@ -79,6 +80,7 @@ def test_the_batch_size_changes_a_set_by_rounding_only(squares, tmp_path, monkey
         {"prompt": "a {name}"},
         {"negative_prompt": "red"},
         {"scheduler": "PNDMScheduler"},
+        {"mode_guidance_scale": 0.5, "mode_guidance_stop": 0.9},
         {"prototypes": 4},
         {"resolution": 32},
     ],
@@ -101,7 +103,7 @@ def test_more_steps_than_the_schedule_has_are_told(squares):
 
 def test_a_finished_set_is_found_again(squares, monkeypatch):
     first = distill(squares, RECIPE)
-    monkeypatch.setattr(distillation, "LatentDiffusion", None)
+    monkeypatch.setattr(synthesis, "LatentDiffusion", None)
     assert distill(squares, RECIPE).root == first.root
 
 
@@ -217,6 +219,14 @@ def test_every_stage_can_be_called_alone(squares, random_model, tmp_path):
     assert images["image"].shape == (2, 3, 16, 16)
 
 
+def test_noise_differs_between_images_and_classes_of_one_prototype(random_model, squares):
+    prototypes = Prototypes(torch.zeros(1, 4, 8, 8), torch.ones(1))
+    wanted = [(0, 0), (0, 1), (1, 0)]
+    recipe = RECIPE.resolved(squares)
+    images = synthesise(wanted, {0: prototypes, 1: prototypes}, ["red"] * 2, recipe, random_model)["image"]
+    assert len(images.flatten(1).unique(dim=0)) == 3
+
+
 def test_encoding_goes_class_by_class_through_any_batch_size(squares, random_model):
     images = squares.train()
     for batch_size in (1, 4, 100):
@@ -278,7 +288,7 @@ def test_imbalance_of_one_to_a_thousand(squares):
 
 
 def test_a_class_without_images_and_a_single_class_are_named_before_any_work(squares, monkeypatch):
-    monkeypatch.setattr(distillation, "LatentDiffusion", None)
+    monkeypatch.setattr(synthesis, "LatentDiffusion", None)
     with pytest.raises(InputError, match=r"class 'b' of uneven \(label 1\) has no training images"):
         distill(Uneven(2, 0, 2), RECIPE)
     with pytest.raises(InputError, match="uneven has the one class 'a'; there is nothing to tell apart"):
@@ -364,7 +374,7 @@ def test_a_folder_of_another_set_is_not_overwritten(squares, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named_before_any_work(squares, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(distillation, "LatentDiffusion", None)
+    monkeypatch.setattr(synthesis, "LatentDiffusion", None)
     with pytest.raises(InputError, match=r"`cache_dir` is .* cannot be written"):
         distill(squares, RECIPE, cache_dir=tmp_path / "file" / "cache")
     with pytest.raises(InputError, match=r"`output` is .* cannot be written"):

@@ -18,6 +18,7 @@ from tests.toys import Squares
         ({"num_inference_steps": 1, "strength": 0.7}, "at least 2 steps"),
         ({"guidance_scale": -1.0}, "`guidance_scale` is -1.0"),
         ({"mode_guidance_scale": -0.1}, "`mode_guidance_scale` is -0.1; it must be at least 0"),
+        ({"mode_guidance_scale": 0.1, "strength": 0.5}, "a `mode_guidance_stop` of 0.5 no step is pulled"),
         ({"mode_guidance_stop": 0.0}, "`mode_guidance_stop` is 0.0; it must be above 0 and at most 1"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
         ({"image_size": 0}, "`image_size` is 0"),
