@@ -283,7 +283,7 @@ def test_a_set_of_other_classes_is_refused(arms):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"arms": ("herding",)}, "`arms` has 'herding'; use distilled, random"),
+        ({"arms": ("medoids",)}, "`arms` has 'medoids'; use distilled, random"),
         ({"labels": ("soft",)}, "`labels` has 'soft'; use teacher, hard"),
         ({"students": ()}, "`students` is empty"),
         ({"seeds": 0}, "`seeds` is 0"),
