@@ -291,7 +291,7 @@ def test_a_preview_that_cannot_be_drawn_is_told(run, words, says):
     [
         (["compare", "one", "--seeds", "2"], "`distilled_sets` has 1; name at least two"),
         (["compare", "one", "two"], "`distilled_set` is 'one': no folder or file here"),
-        (["evaluate", "one", "--arms", "[herding]"], "`arms`: "),
+        (["evaluate", "one", "--arms", "[medoids]"], "`arms`: "),
         (["sweep", "--ipc", "1"], "nothing is varied; give values of `strength`"),
     ],
 )
