@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonargparse
 import pytest
 
+import d4m_plugin
 from d4m_plugin import cli, commands
 from d4m_plugin.lightning_cli import D4MCLI
 
@@ -74,3 +75,14 @@ def test_every_command_is_one_that_the_command_line_takes(page, words, run, monk
     assert status == 0, err
     assert words[0] in cli.COMMANDS
     assert sys.argv[1:] == words
+
+
+def test_every_example_is_shown():
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    shown = re.findall(r'^--8<-- "config_examples/(.*)"$', page, re.M)
+    assert sorted(shown) == sorted(path.name for path in (ROOT / "config_examples").iterdir() if path.is_file())
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: d4m_plugin\.(\w+)$", page, re.M)) == sorted(d4m_plugin.__all__)
