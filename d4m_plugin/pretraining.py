@@ -146,7 +146,8 @@ def pretrain(
 
     pipeline = _opened(start_from, image_size) if start_from else None  # before the long work
     options = [image_size, list(vae_channels), list(unet_channels), vae_steps, unet_steps, batch_size, vae_lr, unet_lr]
-    decides = [source.fingerprint, list(source.classes), source.flip, *options, model_digest(start_from or ""), seed]
+    start = model_digest(start_from) if start_from else ""
+    decides = [source.fingerprint, list(source.classes), source.flip, *options, start, seed]
     partial = output.with_name(f"{output.name}.partial")
     work = partial / hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)

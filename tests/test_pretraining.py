@@ -1,11 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from d4m_plugin import InputError, LatentDiffusion, Recipe, distill, latent_training
+from d4m_plugin import InputError, LatentDiffusion, Recipe, distill, latent_training, pretraining
 from d4m_plugin.pretraining import byte_tokenizer, pretrain, tokenize
 from tests.toys import Squares
 
@@ -117,6 +118,32 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(tmp_path, monkey
     assert len(made) == 25 + 3 + 40 + 2 + 10  # what came after the last checkpoint is made twice
     assert not (tmp_path / "killed.partial").exists()
     assert files(whole) == files(resumed)
+
+
+def test_a_run_goes_on_whatever_lies_in_the_working_folder(tmp_path, monkeypatch):
+    """Its own unfinished work lies there by default."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(latent_training, "STEPS_A_CHECKPOINT", 2)
+    options = {"vae_channels": (16, 16), "unet_channels": (32, 32), "vae_steps": 4, "unet_steps": 2, "batch_size": 4}
+    draw, made = latent_training.Training.draw, []
+
+    def draws(self):
+        if len(made) == 3:
+            raise InterruptedError
+        made.append(self)
+        return draw(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_training.Training, "draw", draws)
+        with pytest.raises(InterruptedError):
+            pretrain(Squares(), Path("made"), **options)
+    (work,) = Path("made.partial").iterdir()
+    assert (work / "vae.ckpt").exists()
+    Path("another file").touch()
+    found = []
+    monkeypatch.setattr(pretraining, "train", lambda *arguments: found.append(arguments[3]))  # the checkpoint
+    pretrain(Squares(), Path("made"), **options)
+    assert found[0] == work / "vae.ckpt"
 
 
 def test_compiled_parts_keep_their_names_and_results(tmp_path, monkeypatch):
