@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d4m_plugin.cache import resolve_cache_dir
+from d4m_plugin.cache import checksum, resolve_cache_dir
 from d4m_plugin.checking import fault_of, read_json
 from d4m_plugin.devices import autocast, compute_dtype
 from d4m_plugin.diffusion import ASSETS, EMBEDDED
@@ -152,6 +152,11 @@ def name_of(teacher: str | Path | nn.Module) -> str:
     if isinstance(teacher, Teacher):
         teacher = teacher.model
     return type(teacher).__name__ if isinstance(teacher, nn.Module) else str(teacher)
+
+
+def teacher_digest(teacher: str) -> str:
+    """Return what tells a teacher from others: a file by its content."""
+    return checksum(Path(teacher)) if Path(teacher).is_file() else teacher
 
 
 def _open(teacher: str, source: Source, cache_dir: str | Path | None) -> Teacher:

@@ -247,6 +247,22 @@ def test_images_that_were_kept_of_other_real_images_are_not_taken(arms, tmp_path
     assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
 
 
+def test_kept_images_are_made_again_where_what_they_depend_on_changes_and_not_else(arms, judging, tmp_path):
+    kept, network = tmp_path / "kept", judging.network
+
+    def images(arm, judged, teacher):
+        each = Arms(judged, arms.source, arms.diffusion, kept=kept, teacher=teacher)
+        each.network = network
+        each.images(arm, 0)
+        return len(list(kept.glob("*.safetensors")))
+
+    other_set = dataclasses.replace(arms.judged, fingerprint="another")
+    assert [images("decoded", arms.judged, "auto"), images("decoded", arms.judged, "x.ckpt")] == [1, 1]
+    assert images("decoded", other_set, "auto") == 2
+    assert [images("herding", arms.judged, "auto"), images("herding", other_set, "auto")] == [3, 3]
+    assert images("herding", arms.judged, "x.ckpt") == 4
+
+
 @pytest.mark.parametrize("damage", [b"", b"no tensors", None])
 def test_a_damaged_file_of_kept_images_is_made_again(arms, tmp_path, damage):
     first = pixels_of(keeping(arms, tmp_path / "kept").images("decoded", 0))

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from d4m_plugin.cache import checksum
 from d4m_plugin.devices import default_device
 from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
 from d4m_plugin.distillation import BLOCK
@@ -34,7 +33,7 @@ from d4m_plugin.sources.images import Resize, squares_of, to_pixels
 from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import Chosen, at_most
 from d4m_plugin.synthesis import open_model, synthesise
-from d4m_plugin.teachers import Teacher, load_teacher
+from d4m_plugin.teachers import Teacher, load_teacher, teacher_digest
 from d4m_plugin.units import SILENCE, Units, load_tensors, save_tensors
 
 Arm = Literal[
@@ -136,32 +135,35 @@ class Arms:
     def _made(self, arm: Arm, seed: int) -> Tensor:
         """Return what a model makes or finds, uint8, shape (N, 3, H, H), class by class."""
         if arm in NEEDED["network"]:
-            pixels = self._kept({arm: partial(self._chosen_by_the_teacher, arm)})
+            pixels = self._kept(arm, {arm: partial(self._chosen_by_the_teacher, arm)})
         elif arm == "nearest":
-            pixels = self._kept({arm: self._nearest})
+            pixels = self._kept(arm, {arm: self._nearest})
         elif arm == "decoded":
-            pixels = self._kept({arm: self._decoded})
+            pixels = self._kept(arm, {arm: self._decoded})
         elif arm == "generated":  # in parts, since all of them are long work
             blocks = range(math.ceil(len(self._labels()) / BLOCK))
-            pixels = self._kept({f"{arm}-{number}": partial(self._generated, number) for number in blocks})
+            pixels = self._kept(arm, {f"{arm}-{number}": partial(self._generated, number) for number in blocks})
         else:
-            pixels = self._kept({f"{arm}-{seed}": partial(self._reconstructed, seed)})
+            pixels = self._kept(arm, {f"{arm}-{seed}": partial(self._reconstructed, seed)})
         vars(self).pop("model", None)  # its memory is the student's now
         return pixels
 
-    def _kept(self, parts: Mapping[str, Callable[[], Tensor]]) -> Tensor:
+    def _kept(self, arm: Arm, parts: Mapping[str, Callable[[], Tensor]]) -> Tensor:
         """Return parts as one, each kept under its name and all that decides it; made where it is not there.
 
         Args:
+            arm: whose parts they are.
             parts: what makes each, by its name. Processes that share the folder share them.
         """
         folder = self.kept
         if folder is None:
             return torch.cat([make() for make in parts.values()])
-        judged, dataset = self.judged, self.judged.dataset
-        decides = [judged.fingerprint, judged.image_size, judged.resize, teacher_digest(self.teacher)]
+        judged = self.judged
+        decides = [self.decided_by(arm), judged.image_size, judged.resize]
         decides += [self.source.fingerprint, None if self.left_out is None else self.left_out.tolist()]
-        decides += [dataset.metadata["recipe"], dataset.metadata["model"]] if dataset else []
+        if arm in NEEDED["recipe"]:
+            assert judged.dataset is not None  # or there were no model
+            decides += [judged.dataset.metadata["recipe"], judged.dataset.metadata["model"]]
         key = digest([json.dumps(decides, sort_keys=True)])[:12]
         makers = {f"{name}-{key}.safetensors": make for name, make in parts.items()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,8 +201,12 @@ class Arms:
         if arm == "equal_bytes":
             return self.bytes
         if arm in NEEDED["network"]:
-            return [self.judged.counts, teacher_digest(self.teacher)]
+            return [self.judged.counts, self._teacher_digest]
         return None if arm == "real" else self.judged.fingerprint
+
+    @cached_property
+    def _teacher_digest(self) -> str:
+        return teacher_digest(self.teacher)
 
     @cached_property
     def network(self) -> Teacher:
@@ -343,11 +349,6 @@ def herded(features: Tensor, count: int) -> Tensor:
         chosen.append(int(distances.argmin()))
         total += points[chosen[-1]]
     return torch.tensor(chosen, dtype=torch.int64)
-
-
-def teacher_digest(teacher: str) -> str:
-    """Return what tells a teacher from others: a file by its content."""
-    return checksum(Path(teacher)) if Path(teacher).is_file() else teacher
 
 
 class Squared:

@@ -24,13 +24,14 @@ from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import autocast, compute_dtype, default_device, this_device, trainer_precision
 from d4m_plugin.diffusion import digest
 from d4m_plugin.errors import InputError
-from d4m_plugin.evaluation.arms import ARMS, Arm, Arms, teacher_digest
+from d4m_plugin.evaluation.arms import ARMS, Arm, Arms
 from d4m_plugin.models.classifier import ImageClassifier
 from d4m_plugin.progress import Progress
 from d4m_plugin.screening import check_images, test_fingerprint
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.subsets import Chosen, at_most
+from d4m_plugin.teachers import teacher_digest
 from d4m_plugin.teaching import fit
 from d4m_plugin.units import Units, load_json, save_json
 
