@@ -54,7 +54,8 @@ class Training(L.LightningModule):
 
     def train_dataloader(self) -> DataLoader[int]:
         """Lightning counts steps by a loader; this one's batches are numbers that nobody reads."""
-        return DataLoader(range(self.trainer.max_steps), batch_size=None)  # type: ignore[arg-type]  # a range is a map too
+        numbers = range(self.trainer.max_steps)
+        return DataLoader(numbers, batch_size=None)  # type: ignore[arg-type]  # typed for a Dataset, whose methods it has
 
     def compile_parts(self) -> None:
         """Compile what takes the time, in place: the names of the weights stay."""

@@ -52,6 +52,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=clip.backend_tokenizer, model_max_length=TEXT_LENGTH, **names)
 
 
+def text_config(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> CLIPTextConfig:
+    """Return the configuration of a CLIP text encoder that reads a tokenizer's tokens."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sizes,
+    )
+
+
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
     """Return token ids of texts, int64, shape (len(texts), 77), as diffusers' pipelines make them."""
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
@@ -218,26 +230,11 @@ def _new_vae(image_size: int, channels: Sequence[int]) -> AutoencoderKL:
     )
 
 
-def _new_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=TEXT_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 def _new_pipeline(vae: AutoencoderKL, latent_size: int, unet_channels: Sequence[int]) -> StableDiffusionPipeline:
     """Return a pipeline whose U-Net and text encoder have learnt nothing."""
     tokenizer = byte_tokenizer()
-    text_encoder = _new_text_encoder(tokenizer)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text_encoder = CLIPTextModel(text_config(tokenizer, **sizes))
     scheduler = DDIMScheduler(
         beta_start=0.00085,  # Stable Diffusion's schedule
         beta_end=0.012,

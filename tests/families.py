@@ -18,27 +18,17 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from d4m_plugin.pretraining import byte_tokenizer
+from d4m_plugin.pretraining import byte_tokenizer, text_config
 
 WIDTH = 32  # of each text encoder
 
 
 def _text(kind=CLIPTextModel):
     tokenizer = byte_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return kind(config)
+    widths = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "projection_dim": WIDTH}
+    return kind(text_config(tokenizer, **widths, num_hidden_layers=2, num_attention_heads=2))
 
 
 def _t5(width=WIDTH):

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
-from d4m_plugin.pretraining import byte_tokenizer
+from d4m_plugin.pretraining import byte_tokenizer, text_config
 from d4m_plugin.sources import Source
 
 
@@ -51,16 +51,8 @@ class _Squares:
 def save_random_pipeline(folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = text_config(tokenizer, **sizes)
     StableDiffusionPipeline(
         vae=AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 2,
