@@ -115,7 +115,7 @@ def pretrain(
     Args:
         source: the real images; scikit-learn's digits by default.
         output: the folder to write: a stock `StableDiffusionPipeline`, float16.
-        image_size: edge in pixels of what the pipeline makes; the source's own by default.
+        image_size: edge in pixels of what the pipeline makes; by default that of `start_from`, else the source's own.
         vae_channels: channels of each level of the VAE, multiples of 16; each level after the first halves the edge.
         unet_channels: channels of each level of the U-Net, multiples of 32.
         vae_steps: updates of the VAE.
@@ -126,7 +126,7 @@ def pretrain(
         compile: compile the models with `torch.compile`: some minutes first, a fifth less time for each update. Needs
             a C++ compiler on a CPU.
         start_from: a pipeline that this command made (a folder, `digits` or `cifar10`), whose U-Net and text encoder go
-            on learning; its VAE stays as it is, and the options of channels and VAE do nothing.
+            on learning; its VAE and image size stay as they are, and the options of channels and VAE do nothing.
         seed: decides the initial weights, the batches and the noise.
 
     Returns:
@@ -136,27 +136,24 @@ def pretrain(
         InputError: where the output folder exists, the sizes do not fit, or `start_from` is no such pipeline.
     """
     source = source or Digits()
-    image_size = image_size or source.image_size
-    for name, channels, step in (("vae_channels", vae_channels, 16), ("unet_channels", unet_channels, 32)):
-        if not channels or any(channel < 1 or channel % step for channel in channels):
-            raise InputError(f"`{name}` is {list(channels)}; it must be multiples of {step}, one a level.")
-    multiple = 2 ** (len(vae_channels) - 1 + len(unet_channels) - 1)
-    if image_size % multiple:
-        raise InputError(
-            f"`image_size` is {image_size}; {len(vae_channels)} VAE and {len(unet_channels)} U-Net levels halve it to "
-            f"whole pixels only from a multiple of {multiple}."
-        )
     for name, value in (("vae_steps", vae_steps), ("unet_steps", unet_steps), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"`{name}` is {value}; it must be at least 1.")
     for name, rate in (("vae_lr", vae_lr), ("unet_lr", unet_lr)):
         if not rate > 0:
             raise InputError(f"`{name}` is {rate}; it must be above 0.")
+    pipeline = _opened(start_from) if start_from else None
+    own_size = pipeline.vae.config.sample_size if pipeline else source.image_size
+    image_size = image_size or own_size
+    if pipeline is None:
+        _check_sizes(image_size, vae_channels, unet_channels)
+    elif image_size != own_size:
+        size = f"of {own_size} pixels, and `image_size` {image_size}"
+        raise InputError(f"`start_from` is {start_from!r}, {size}; use its own.")
     if output.exists():
         raise InputError(f"`output` is {str(output)!r}, which exists; name a new folder or remove it.")
     make_writable(output.resolve().parent, "output")
 
-    pipeline = _opened(start_from, image_size) if start_from else None  # before the long work
     options = [image_size, list(vae_channels), list(unet_channels), vae_steps, unet_steps, batch_size, vae_lr, unet_lr]
     start = model_digest(start_from) if start_from else ""
     decides = [source.fingerprint, list(source.classes), source.flip, *options, start, seed]
@@ -200,7 +197,19 @@ def pretrain(
     return output
 
 
-def _opened(name: str, image_size: int) -> StableDiffusionPipeline:
+def _check_sizes(image_size: int, vae_channels: Sequence[int], unet_channels: Sequence[int]) -> None:
+    for name, channels, step in (("vae_channels", vae_channels, 16), ("unet_channels", unet_channels, 32)):
+        if not channels or any(channel < 1 or channel % step for channel in channels):
+            raise InputError(f"`{name}` is {list(channels)}; it must be multiples of {step}, one a level.")
+    multiple = 2 ** (len(vae_channels) - 1 + len(unet_channels) - 1)
+    if image_size % multiple:
+        raise InputError(
+            f"`image_size` is {image_size}; {len(vae_channels)} VAE and {len(unet_channels)} U-Net levels halve it to "
+            f"whole pixels only from a multiple of {multiple}."
+        )
+
+
+def _opened(name: str) -> StableDiffusionPipeline:
     """Return a new pipeline with the weights of one that was made here, in float32, to go on with."""
     made = LatentDiffusion(name, device=torch.device("cpu")).pipeline
     try:
@@ -214,8 +223,6 @@ def _opened(name: str, image_size: int) -> StableDiffusionPipeline:
             getattr(pipeline, part).load_state_dict(getattr(made, part).state_dict())
     except (AttributeError, RuntimeError, ValueError) as error:
         raise InputError(f"`start_from` is {name!r}, which is no pipeline of `d4m pretrain`.") from error
-    if size != image_size:
-        raise InputError(f"`start_from` is {name!r}, of {size} pixels, and `image_size` {image_size}; use its own.")
     return pipeline
 
 
