@@ -1,4 +1,13 @@
-"""Draws docs/digits.png, or docs/cifar10.png with its `--source` and `--output`: real, prototypes, distilled."""
+"""Draws docs/digits.png, or docs/cifar10.png with its options: real, prototypes, distilled, accuracies.
+
+    python scripts/make_readme_picture.py
+    python scripts/make_readme_picture.py --source HuggingFace --source.path cifar10 --diffusion cifar10 \\
+        --rows benchmarks/cifar10.jsonl --output docs/cifar10.png
+"""
+
+import io
+import json
+import statistics
 
 from pathlib import Path
 
@@ -8,11 +17,38 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
 from d4m_plugin import Digits, LatentDiffusion, Recipe, Source, distill
+from d4m_plugin.evaluation.figures import PAIR, new_figure
 from d4m_plugin.preview import grid
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.sources.splits import members_by_label
 
-COLUMNS, TITLE = 6, 28
+COLUMNS, TITLE, BARS = 4, 28, 380
+
+
+def accuracies(rows: Path, height: int) -> Image.Image:
+    """Return a chart of the accuracies of `benchmarks/accuracy.py`, of the paper's training and soft labels.
+
+    Args:
+        rows: its file.
+        height: of the chart, in pixels.
+    """
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    found = [row for row in found if row["labels"] == "soft" and not row["changes"]]
+    sizes = sorted({row["ipc"] for row in found if row["arm"] == "distilled"})
+    figure = new_figure(BARS / 100, height / 100)
+    axis = figure.subplots()
+    for shift, arm, colour in PAIR:
+        of_arm = [[100 * row["accuracy"] for row in found if (row["arm"], row["ipc"]) == (arm, size)] for size in sizes]
+        places = [place + shift for place in range(len(sizes))]
+        means, errors = list(map(statistics.mean, of_arm)), list(map(statistics.stdev, of_arm))
+        bars = axis.bar(places, means, 0.4, yerr=errors, color=colour, label=arm.replace("random", "random real"))
+        axis.bar_label(bars, [f"{mean:.1f}" for mean in means], label_type="center", color="white")
+    axis.set_xticks(range(len(sizes)), [f"{size}" for size in sizes])
+    axis.set(xlabel="images a class", ylabel="accuracy on real test images, %")
+    axis.legend(frameon=False, loc="upper left")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=100)
+    return Image.open(content)
 
 
 def main(
@@ -20,6 +56,7 @@ def main(
     output: Path = Path("docs/digits.png"),
     classes: tuple[int, ...] = (0, 2, 3, 5, 8),
     diffusion: str | None = None,
+    rows: Path = Path("benchmarks/digits.jsonl"),
 ) -> None:
     """Distil the source under the default recipe, or find it distilled, and draw.
 
@@ -28,6 +65,7 @@ def main(
         output: the picture.
         classes: the labels of the rows, in order.
         diffusion: as the Recipe takes it.
+        rows: accuracies, as `benchmarks/accuracy.py` writes them.
     """
     source = source or Digits()
     recipe = Recipe(diffusion=diffusion)
@@ -48,10 +86,11 @@ def main(
     }
     names = [source.classes[label] for label in classes]
     grids = [grid(rows, names if title == "real" else [""] * len(names)) for title, rows in parts.items()]
-    picture = Image.new("RGB", (sum(each.width for each in grids), grids[0].height + TITLE), "white")
+    titles, panels = [*parts, "accuracy"], [*grids, accuracies(rows, grids[0].height)]
+    picture = Image.new("RGB", (sum(each.width for each in panels), grids[0].height + TITLE), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
     left = 0
-    for title, each in zip(parts, grids, strict=True):
+    for title, each in zip(titles, panels, strict=True):
         draw.text((left + each.width // 2, TITLE // 2), title, "black", font, anchor="mm")
         picture.paste(each, (left, TITLE))
         left += each.width
