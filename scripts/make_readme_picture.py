@@ -1,14 +1,14 @@
-"""Draws docs/digits.png, or docs/cifar10.png with its options: real, prototypes, distilled, accuracies.
+"""Draws docs/digits.png: real images, prototypes, distilled images, and accuracies beside random real images.
 
     python scripts/make_readme_picture.py
-    python scripts/make_readme_picture.py --source HuggingFace --source.path cifar10 --diffusion cifar10 \\
-        --rows benchmarks/cifar10.jsonl --output docs/cifar10.png
+
+docs/cifar10.png is of `--source HuggingFace --source.path cifar10 --diffusion cifar10`, with
+`--rows benchmarks/cifar10.jsonl --output docs/cifar10.png`.
 """
 
 import io
 import json
 import statistics
-
 from pathlib import Path
 
 import torch
