@@ -1,3 +1,5 @@
+import ast
+import graphlib
 import importlib
 import subprocess
 import sys
@@ -33,6 +35,24 @@ def test_the_core_imports_no_lightning():
     modules = "card diffusion distillation distilled matching models prototypes recipe sources subsets teachers"
     imports = "; ".join(f"import d4m_plugin.{name}" for name in modules.split())
     assert "lightning" not in run_python(f"{imports}; import sys; print(*sys.modules)").split()
+
+
+def imports():
+    """What each module imports of the package when it is imported itself."""
+    names = {}
+    for path in sorted((ROOT / "d4m_plugin").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    for name, path in names.items():
+        statements = [each for each in ast.parse(path.read_text()).body if isinstance(each, ast.ImportFrom)]
+        whole = {f"{each.module}.{alias.name}" for each in statements for alias in each.names}
+        yield name, (whole | {each.module for each in statements}) & names.keys() - {name, "d4m_plugin"}
+
+
+def test_imports_between_modules_go_one_way():
+    graph = dict(imports())
+    assert graph["d4m_plugin.synthesis"] > {"d4m_plugin.diffusion", "d4m_plugin.prototypes"}
+    list(graphlib.TopologicalSorter(graph).static_order())  # a CycleError names the modules
 
 
 @pytest.mark.parametrize("folder", ["datamodules", "callbacks"])
