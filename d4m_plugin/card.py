@@ -71,7 +71,7 @@ training image classifiers on these classes; measure a classifier on real images
 """
 
 SET = """
-## {config}: {ipc} images a class
+## {config}: {counted} a class
 
 {total} images of {size} by {size} pixels, {classes} classes: [a picture]({config}/preview.png).
 
@@ -236,7 +236,7 @@ def _set(config: str, metadata: dict[str, Any]) -> str:
     recipe, source, model = metadata["recipe"], metadata["source"], metadata["model"]
     return SET.format(
         config=config,
-        ipc=recipe["ipc"],
+        counted=counted(recipe["ipc"]),
         total=f"{recipe['ipc'] * len(source['classes']):,}",
         size=recipe["image_size"],
         classes=len(source["classes"]),
@@ -260,6 +260,11 @@ def _results(config: str, results: dict[str, Any]) -> str:
     verdicts = "\n".join(f"- {_plain(sentence)}" for sentence in results["verdicts"])
     protocol = results["protocol"] | {"teacher": _plain(results["protocol"]["teacher"])}
     return RESULTS.format_map(protocol | {"config": config, "verdicts": verdicts, "rows": "\n".join(rows)})
+
+
+def counted(images: int) -> str:
+    """Return a number of images with its noun."""
+    return f"{images:,} image" + ("" if images == 1 else "s")
 
 
 def amount(row: dict[str, Any]) -> str:

@@ -116,6 +116,7 @@ def test_distilling_leaves_the_random_state_alone(squares):
 def test_the_card_says_how_to_load_and_what_is_inside(squares):
     card = (distill(squares, RECIPE).root / "README.md").read_text(encoding="utf-8")
     assert 'load_dataset("path/to/this/folder", "ipc-4", split="train")' in card
+    assert "## ipc-4: 4 images a class\n" in card
     data = DatasetCard(card).data.to_dict()
     assert data["size_categories"] == ["n<1K"]
     assert data["license"] == "unknown"

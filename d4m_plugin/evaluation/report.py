@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from d4m_plugin.cache import written_whole
-from d4m_plugin.card import accuracy, amount
+from d4m_plugin.card import accuracy, amount, counted
 from d4m_plugin.evaluation.figures import Features, draw_all
 from d4m_plugin.evaluation.verdict import LABELS, points_of
 
@@ -127,7 +127,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: dict[str, Image.Image]) -> str:
     judged, protocol = results["set"], results["protocol"]
     title = html.escape(f"{judged['name']}: is it better than random real images?")
-    size = f"{judged['ipc']} images a class of {len(judged['classes'])} classes, {judged['image_size']} pixels, "
+    size = f"{counted(judged['ipc'])} a class of {len(judged['classes'])} classes, {judged['image_size']} pixels, "
     size += f"{judged['bytes']:,} bytes with the labels"
     parts = [
         f"<h1>{title}</h1>",
