@@ -2,6 +2,8 @@ import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # a core each
 
 import pytest
 import torch

@@ -76,7 +76,7 @@ def other_of(process):
 
 
 def test_two_processes_make_the_set_of_one_and_the_death_of_one_does_not_stop_the_other(start, squares, tmp_path):
-    process = start("--devices", "2", "--num_inference_steps", "60", "--ipc", "200")
+    process = start("--devices", "2", "--num_inference_steps", "60", "--ipc", "100")
     other = other_of(process)
     wait_until_it_holds_a_unit(other)
     os.kill(other, signal.SIGKILL)
@@ -84,7 +84,7 @@ def test_two_processes_make_the_set_of_one_and_the_death_of_one_does_not_stop_th
     assert process.returncode == 0, said
     assert printed.count("distilled set") == 1
     assert "warning: process 1 ended with status -9, and the others did its part" in said
-    assert contents(tmp_path / "set") == of_one_process(squares, tmp_path / "one", 60, 200)
+    assert contents(tmp_path / "set") == of_one_process(squares, tmp_path / "one", 60, 100)
 
 
 @pytest.mark.parametrize("started_by", ["torchrun", "SLURM"])

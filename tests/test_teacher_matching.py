@@ -602,7 +602,7 @@ def test_matching_a_trained_teacher_teaches():
     torch.manual_seed(0)
     data = D4MDataModule(train_on="real", crop_scale=(0.8, 1.0))
     module = ImageClassifier(data.num_classes, data.image_size)
-    trainer = quiet_trainer(max_epochs=3, callbacks=[TeacherMatching()])
+    trainer = quiet_trainer(max_epochs=3, callbacks=[TeacherMatching()], precision=trainer_precision())
     trainer.fit(module, datamodule=data)
     assert trainer.test(module, datamodule=data, verbose=False)[0]["test_accuracy"] > 0.8
 
