@@ -30,7 +30,7 @@ from d4m_plugin.sources import Source
 from d4m_plugin.units import load_tensors, seconds_of, write_tensors
 
 VERSIONS = ("d4m-plugin", "torch", "diffusers", "transformers", "scikit-learn")
-MODELS = ("diffusion", "vae", "lora")  # options of a recipe that may name folders
+MODELS = ("diffusion", "vae", "lora", "teacher")  # options of a recipe that may name folders
 
 
 def write_set(

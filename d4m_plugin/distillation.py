@@ -37,7 +37,8 @@ from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import at_most
-from d4m_plugin.synthesis import open_model, synthesise
+from d4m_plugin.synthesis import open_model, open_teacher, synthesise
+from d4m_plugin.teachers import Teacher
 from d4m_plugin.units import SILENCE, DamagedError, Units, load_tensors, save_tensors
 
 BLOCK = 50  # images a unit of synthesis; fixed, so that the units do not depend on the batch size
@@ -172,7 +173,7 @@ def _distil_into(
     compile: bool,
 ) -> None:
     """Leave the units in `work`, and the finished set in `folder`."""
-    model = open_model(recipe, compile)
+    model, teacher = open_model(recipe, compile), open_teacher(recipe, source, cache)
     resolution = recipe.resolution or model.resolution
     prompts = recipe.prompts(source.classes)
     _warn_of_cut_prompts(model, prompts)
@@ -192,9 +193,10 @@ def _distil_into(
         return encode(images, labels, model, resolution, recipe.resize, batch_size, num_workers, progress)
 
     counts = {label: len(members) for label, members in members_by_label(images.targets).items()}
-    say(f"{len(prompts) * recipe.ipc:,} images to make from {len(images):,}, in {recipe.steps} steps each.")
+    tries = f"{recipe.oversample} tries and " if teacher else ""
+    say(f"{len(prompts) * recipe.ipc:,} images to make from {len(images):,}, in {tries}{recipe.steps} steps each.")
     make_prototypes(work, counts, encoded, recipe, kept, keep_latents)
-    make_images(work, prompts, recipe, model, batch_size)
+    make_images(work, prompts, recipe, model, teacher, batch_size)
     classes = [class_file(work, label) for label in range(len(prompts))]
     blocks = [block_file(work, number) for number in range(math.ceil(len(prompts) * recipe.ipc / BLOCK))]
     with (
@@ -312,7 +314,12 @@ def _read_latents(folders: Sequence[Path], label: int) -> Tensor | None:
 
 
 def make_images(
-    work: Path, prompts: Sequence[str], recipe: ResolvedRecipe, model: LatentDiffusion, batch_size: int
+    work: Path,
+    prompts: Sequence[str],
+    recipe: ResolvedRecipe,
+    model: LatentDiffusion,
+    teacher: Teacher | None,
+    batch_size: int,
 ) -> None:
     """Have the distilled images in `work` in blocks, from the prototypes there."""
     wanted = [(label, index) for label in range(len(prompts)) for index in range(recipe.ipc)]
@@ -326,7 +333,7 @@ def make_images(
                 started = time.perf_counter()
                 labels = {label for label, _ in blocks[name]}
                 prototypes = {label: load_prototypes(work, label) for label in labels}
-                columns = synthesise(blocks[name], prototypes, prompts, recipe, model, batches)
+                columns = synthesise(blocks[name], prototypes, prompts, recipe, model, teacher, batches)
                 save_tensors(work / name, with_png(columns), synthesise=time.perf_counter() - started)
 
 

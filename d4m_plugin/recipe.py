@@ -33,6 +33,9 @@ class Recipe:
         mode_guidance_scale: how far each step is pulled back to its prototype (MGD3), at least 0; 0, the paper's, is
             off, and 0.1 goes with a `strength` of 1, which all but forgets the prototype.
         mode_guidance_stop: share of the schedule, from the noise on, in which it pulls, in (0, 1].
+        oversample: images that are made for each that is kept, at least 1, from noises of their own; `teacher` keeps
+            the one that it is surest of.
+        teacher: who chooses, where `oversample` is above 1, as TeacherMatching takes it; `auto` by default.
         vae: a folder or Hub id of a VAE for the same latents in place of the model's, such as a tiny one
             (`madebyollin/taesd`), which encodes many times faster and less faithfully.
         lora: a folder, file or Hub id of LoRA weights that are added to the model's (needs the package peft).
@@ -62,6 +65,8 @@ class Recipe:
     num_inference_steps: int = 50
     mode_guidance_scale: float = 0.0
     mode_guidance_stop: float = 0.5
+    oversample: int = 1
+    teacher: str | None = None
     vae: str | None = None
     lora: str | None = None
     scheduler: str | None = None
@@ -83,6 +88,7 @@ class Recipe:
             "ipc",
             "prototypes",
             "num_inference_steps",
+            "oversample",
             "resolution",
             "max_images_per_class",
             "image_size",
@@ -117,6 +123,11 @@ class Recipe:
                 f"`mode_guidance_scale` is {self.mode_guidance_scale}, but with a `strength` of {self.strength} and a "
                 f"`mode_guidance_stop` of {self.mode_guidance_stop} no step is pulled; raise one of them."
             )
+        if self.teacher is not None and self.oversample == 1:
+            raise InputError(
+                f"`teacher` is {self.teacher!r}, but `oversample` is 1, which leaves it nothing to choose from; the "
+                "teacher of a training is that of `matching`."
+            )
         if "{name}" not in self.prompt:
             raise InputError(f"`prompt` is {self.prompt!r}; it must contain {{name}}, for the class name.")
 
@@ -136,6 +147,7 @@ class Recipe:
         values["prototypes"] = self.prototypes or _default_prototypes(self.ipc)
         values["class_names"] = names
         values["diffusion"] = self.diffusion or source.diffusion
+        values["teacher"] = (self.teacher or "auto") if self.oversample > 1 else None
         values["image_size"] = self.image_size or source.image_size
         return ResolvedRecipe(**values)
 

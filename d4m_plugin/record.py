@@ -8,7 +8,7 @@ from d4m_plugin.checking import content_of, read_json
 from d4m_plugin.errors import InputError
 from d4m_plugin.recipe import ResolvedRecipe
 
-FORMAT = 3  # of a set's folder; another one is not read
+FORMAT = 4  # of a set's folder; another one is not read
 
 
 class AnyFormat(TypedDict):

@@ -23,7 +23,7 @@ from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.subsets import Chosen, at_most
-from d4m_plugin.synthesis import open_model, synthesise
+from d4m_plugin.synthesis import open_model, open_teacher, synthesise
 
 PNG_SHARE = 0.6  # of a photograph's pixels, what a PNG of them takes
 PROBES = 4  # batches that are encoded to measure it, of which the fastest counts
@@ -48,7 +48,7 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
     if resolved.max_images_per_class is not None:
         images = at_most(images, resolved.max_images_per_class, resolved.seed)
     to_make = resolved.ipc * len(source.classes)
-    steps = resolved.steps
+    steps, tries = resolved.steps, resolved.oversample
     passes = 2 if resolved.guidance_scale > 1 and model.guides_by_a_second_pass else 1
 
     def encoded(chosen: Tensor) -> Tensor:
@@ -66,15 +66,16 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
     prototypes = len(source.classes) * resolved.prototypes * latents[0].numel() * 4
     parts = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
     weights = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.parameters())
-    encode_all, make_all = len(images) * encoding, to_make * (steps * step + once)
+    encode_all, make_all = len(images) * encoding, to_make * tries * (steps * step + once)
     return {
         "images to encode": f"{len(images):,}, at {resolution} pixels",
         "images to make": f"{to_make:,}, {resolved.ipc} of each of {len(source.classes):,} classes",
-        "passes of the model": f"{to_make * steps * passes:,}: {steps} steps an image, {passes} a step",
+        "passes of the model": f"{to_make * tries * steps * passes:,}: {steps} steps an image, {passes} a step"
+        + (f", {tries} tries" if tries > 1 else ""),
         "on disk": f"{_bytes(pixels * PNG_SHARE + prototypes)}, of which prototypes {_bytes(prototypes)}",
         "memory": f"{_bytes(weights)} of weights{_peak(model.device)}",
         "encoding": f"{_duration(encode_all)} ({_rate(encoding)})",
-        "synthesis": f"{_duration(make_all)} ({_rate(steps * step + once)})",
+        "synthesis": f"{_duration(make_all)} ({_rate(tries * (steps * step + once))})",
         "in all": f"{_duration(encode_all + make_all)} on this {model.device.type}, and the clustering",
     }
 
@@ -161,7 +162,7 @@ def preview(
         raise InputError(f"`output` is {str(output)!r}; it must end in .png.")
     source = source or Digits()
     resolved = dataclasses.replace(Recipe(**recipe), ipc=images, prototypes=images).resolved(source)
-    model = open_model(resolved)
+    model, teacher = open_model(resolved), open_teacher(resolved, source)
     prompts = resolved.prompts(source.classes)
     few = at_most(source.train(), of_class, resolved.seed)
     shown = list(range(min(classes, len(source.classes))))
@@ -171,7 +172,7 @@ def preview(
         for label, latents in encode(few, shown, model, resolution, resolved.resize, batch_size)
     }
     wanted = [(label, index) for label in shown for index in range(images)]
-    made = synthesise(wanted, prototypes, prompts, resolved, model, Batches(batch_size))["image"].split(images)
+    made = synthesise(wanted, prototypes, prompts, resolved, model, teacher, Batches(batch_size))["image"].split(images)
     rows = [model.decode(prototypes[label].latents, resolved.image_size) for label in shown]
     pairs = [row for pair in zip(rows, made, strict=True) for row in pair]
     grid(pairs, [name for label in shown for name in (f"{source.classes[label]}: prototypes", prompts[label])]).save(

@@ -2,16 +2,19 @@
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from d4m_plugin.devices import Batches
+from d4m_plugin.devices import Batches, default_device
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import ResolvedRecipe
 from d4m_plugin.seeding import generator_of, seed_of
+from d4m_plugin.sources import Source
+from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher
 
 
 def open_model(recipe: ResolvedRecipe, compile: bool = False) -> LatentDiffusion:
@@ -37,18 +40,33 @@ def open_model(recipe: ResolvedRecipe, compile: bool = False) -> LatentDiffusion
     return model
 
 
+def open_teacher(recipe: ResolvedRecipe, source: Source, cache_dir: str | Path | None = None) -> Teacher | None:
+    """Return who chooses among a recipe's images, where there is more than one for each that is kept.
+
+    Raises:
+        InputError: where there is no such teacher, or it is at chance on real images.
+    """
+    if recipe.teacher is None:
+        return None
+    teacher = load_teacher(recipe.teacher, source, cache_dir).to(default_device())
+    check_above_chance(teacher, source)
+    return teacher
+
+
 def synthesise(
     wanted: list[tuple[int, int]],
     prototypes: dict[int, Prototypes],
     prompts: Sequence[str],
     recipe: ResolvedRecipe,
     model: LatentDiffusion,
+    teacher: Teacher | None = None,
     batches: Batches | None = None,
 ) -> dict[str, Tensor]:
     """Return distilled images: each prototype noised to `strength` and denoised under its class's prompt.
 
     Image j of a class starts from prototype j mod K, of the K that the class has, with noise from a generator seeded
-    by (seed, class, j).
+    by (seed, class, j). Where `oversample` makes more of each, of which the surest for the teacher is kept (as CaO2,
+    ICCV 2025, at few images a class), their noises are seeded by (seed, class, j, number) from the second on.
 
     Args:
         wanted: (label, j) of each image, j in [0, ipc).
@@ -56,6 +74,7 @@ def synthesise(
         prompts: the prompt of each class.
         recipe: strength, guidance and the rest.
         model: what denoises and decodes.
+        teacher: who chooses, where the recipe has one.
         batches: how many images a pass; all by default.
 
     Returns:
@@ -66,38 +85,61 @@ def synthesise(
     """
     indices = [j % len(prototypes[c].latents) for c, j in wanted]
     starts = torch.stack([prototypes[c].latents[k] for (c, _), k in zip(wanted, indices, strict=True)])
-
-    def make(chosen: Sequence[int]) -> Tensor:
-        latents = model.denoise(
-            starts[chosen],
-            [prompts[wanted[n][0]] for n in chosen],
-            [generator_of(recipe.seed, *wanted[n]) for n in chosen],
-            negative_prompt=recipe.negative_prompt,
-            strength=recipe.strength,
-            guidance_scale=recipe.guidance_scale,
-            num_inference_steps=recipe.num_inference_steps,
-            mode_guidance_scale=recipe.mode_guidance_scale,
-            mode_guidance_stop=recipe.mode_guidance_stop,
-        )
-        return model.decode(latents, recipe.image_size)
-
+    labels = torch.tensor([c for c, _ in wanted])
     batches, everything = batches or Batches(len(wanted)), list(range(len(wanted)))
-    images = torch.cat(batches.run(lambda batch: make(everything[batch]), len(wanted)))
+
+    def make(chosen: Sequence[int], keys: Sequence[tuple[int, ...]]) -> Tensor:
+        def batch(some: slice) -> Tensor:
+            latents = model.denoise(
+                starts[chosen[some]],
+                [prompts[wanted[n][0]] for n in chosen[some]],
+                [generator_of(recipe.seed, *keys[n]) for n in chosen[some]],
+                negative_prompt=recipe.negative_prompt,
+                strength=recipe.strength,
+                guidance_scale=recipe.guidance_scale,
+                num_inference_steps=recipe.num_inference_steps,
+                mode_guidance_scale=recipe.mode_guidance_scale,
+                mode_guidance_stop=recipe.mode_guidance_stop,
+            )
+            return model.decode(latents, recipe.image_size)
+
+        return torch.cat(batches.run(batch, len(chosen)))
+
+    tries = [[(*each, number) if number else each for each in wanted] for number in range(recipe.oversample)]
+    candidates = torch.stack([make(everything, keys) for keys in tries])
+    kept = surest(candidates, labels, teacher) if teacher else torch.zeros_like(labels)
+    images, keys = candidates[kept, everything], [tries[number][n] for n, number in enumerate(kept.tolist())]
     blank = of_one_colour(images)
     if blank:  # not a number somewhere, most often
         with model.full_precision():
-            images[blank] = torch.cat(batches.run(lambda batch: make(blank[batch]), len(blank)))
+            images[blank] = make(blank, keys)
         if still := of_one_colour(images):
             named = ", ".join(sorted({repr(prompts[wanted[n][0]]) for n in still}))
             sentence = f"{len(still)} images are of one colour, in float32 too, of {named}; look at the preview."
             warnings.warn(sentence, InputWarning, stacklevel=2)
     return {
         "image": images,
-        "label": torch.tensor([c for c, _ in wanted]),
+        "label": labels,
         "prototype": torch.tensor(indices),
         "weight": torch.stack([prototypes[c].weights[k] for (c, _), k in zip(wanted, indices, strict=True)]),
-        "seed": torch.tensor([seed_of(recipe.seed, c, j) for c, j in wanted]),
+        "seed": torch.tensor([seed_of(recipe.seed, *key) for key in keys]),
     }
+
+
+def surest(candidates: Tensor, labels: Tensor, teacher: Teacher) -> Tensor:
+    """Return which of each image's candidates a teacher is surest of, int64, shape (n,); the first of several.
+
+    Args:
+        candidates: uint8, shape (oversample, n, 3, H, W).
+        labels: of the images, int64, shape (n,).
+        teacher: on any device. It sees n images at once, so the choice does not depend on the batch size.
+    """
+    sure = []
+    for images in candidates:
+        logits = teacher(images.to(teacher.mean.device) / 255).cpu()
+        sure.append(logits.log_softmax(1).gather(1, labels[:, None]).flatten())
+        sure[-1][of_one_colour(images)] = -torch.inf
+    return torch.from_numpy(torch.stack(sure).numpy().argmax(0))
 
 
 def of_one_colour(images: Tensor) -> list[int]:

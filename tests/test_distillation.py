@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 import d4m_plugin.assembling as assembling
 import d4m_plugin.distillation as distillation
 import d4m_plugin.synthesis as synthesis
-from d4m_plugin import DistilledDataset, InputError, LatentDiffusion, Recipe, distill
+from d4m_plugin import Digits, DistilledDataset, InputError, LatentDiffusion, Recipe, Teacher, distill
 from d4m_plugin.devices import Batches
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.preview import grid
 from d4m_plugin.prototypes import Prototypes
-from d4m_plugin.seeding import generator_of
+from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.subsets import Chosen
 from d4m_plugin.synthesis import synthesise
+from d4m_plugin.teachers import load_teacher
 from tests import toys
 from tests.toys import Squares
 
@@ -228,6 +229,71 @@ def test_noise_differs_between_images_and_classes_of_one_prototype(random_model,
     assert len(images.flatten(1).unique(dim=0)) == 3
 
 
+class Redness(torch.nn.Module):
+    """Surer of class 0 the redder an image is, of class 1 the less."""
+
+    def forward(self, images):
+        redness = images[:, 0].mean((1, 2)) * 100
+        return torch.stack([redness, -redness, torch.zeros_like(redness)], 1)
+
+
+def test_of_more_images_than_are_kept_the_teacher_keeps_the_surest(random_model, squares):
+    starts = Prototypes(torch.randn(2, 4, 8, 8, generator=generator_of(0)), torch.tensor([0.5, 0.5]))
+    prototypes, wanted = {0: starts, 1: starts}, [(0, 0), (0, 1), (1, 0), (1, 1)]
+    recipe = Recipe(ipc=2, num_inference_steps=2, oversample=3).resolved(squares)
+    teacher = Teacher(Redness(), squares.classes, 16, [0.5] * 3, [0.5] * 3)
+    made = synthesise(wanted, prototypes, list(squares.classes), recipe, random_model, teacher)
+
+    def alone(*key):
+        label, index, *_ = key
+        latents = random_model.denoise(
+            starts.latents[index][None], [squares.classes[label]], [generator_of(0, *key)], num_inference_steps=2
+        )
+        return random_model.decode(latents, 16)[0]
+
+    numbers = []
+    for image, seed, (label, index) in zip(made["image"], made["seed"], wanted, strict=True):
+        keys = [(label, index), (label, index, 1), (label, index, 2)]
+        candidates = {key: alone(*key) for key in keys}
+        best = (max if label == 0 else min)(keys, key=lambda key: candidates[key][0].float().mean())
+        assert (image.int() - candidates[best].int()).abs().max() <= 1
+        assert seed == seed_of(0, *best)
+        numbers.append(keys.index(best))
+    assert len(set(numbers)) > 1  # not always the same try
+
+    one_by_one = synthesise(wanted, prototypes, list(squares.classes), recipe, random_model, teacher, Batches(1))
+    assert torch.equal(made["seed"], one_by_one["seed"])
+
+
+def test_oversampling_with_the_sources_own_teacher(random_pipeline, monkeypatch):
+    recipe = Recipe(diffusion=str(random_pipeline), ipc=1, num_inference_steps=2, max_images_per_class=3)
+    plain = distill(Digits(), recipe)
+    chosen = distill(Digits(), dataclasses.replace(recipe, oversample=4))
+    assert plain.recipe["teacher"] is None
+    assert chosen.recipe["teacher"] == "auto"
+    teacher = load_teacher("auto", Digits())
+
+    def sureness(dataset):
+        return teacher(dataset.images / 255).log_softmax(1)[range(10), dataset.targets].sum()
+
+    assert sureness(chosen) > sureness(plain)
+
+
+def test_a_teacher_that_cannot_choose_is_told_before_the_work(squares, tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "make_prototypes", lambda *_: pytest.fail("the work begins"))
+    with pytest.raises(InputError, match="`teacher` is 'none', neither auto, "):
+        distill(squares, Recipe(ipc=4, oversample=2, teacher="none"))
+
+
+def test_another_teacher_makes_another_set(squares, tmp_path):
+    names = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "teacher.ckpt").write_bytes(content)
+        recipe = Recipe(ipc=4, oversample=2, teacher=str(tmp_path / "teacher.ckpt")).resolved(squares)
+        names.add(distillation.set_fingerprint(squares, recipe))
+    assert len(names) == 2
+
+
 def test_encoding_goes_class_by_class_through_any_batch_size(squares, random_model):
     images = squares.train()
     for batch_size in (1, 4, 100):
@@ -424,7 +490,7 @@ class TestDistilledDataset:
     def test_a_set_of_another_format_is_refused(self, squares):
         dataset = distill(squares, RECIPE)
         (dataset.folder / "d4m.json").write_text('{"format": 99}')
-        with pytest.raises(InputError, match="is of format 99, not 3"):
+        with pytest.raises(InputError, match="is of format 99, not 4"):
             DistilledDataset(dataset.root)
 
 

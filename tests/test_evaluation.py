@@ -735,6 +735,13 @@ def test_a_sweep_tries_all_combinations_and_shares_what_is_alike(squares, tmp_pa
     assert len(trained) == 10
 
 
+def test_a_sweep_over_oversampling_lets_its_own_teacher_choose(squares, tmp_path):
+    options = {"ipc": 2, "recipe": {"num_inference_steps": 4}, "labels": ("hard",), "seeds": 1, "budget": 2}
+    with pytest.raises(InputError, match="`teacher` is 'nobody'"):
+        sweep(squares, tmp_path / "sweep", oversample=(1, 2), teacher="nobody", batch_size=4, **options)
+    assert (tmp_path / "sweep").exists()  # the set of one try was made
+
+
 def test_the_p_value_is_that_of_the_independent_t_test():
     first, other = [0.5, 0.52, 0.51], [0.55, 0.57, 0.54]
     row = setting_row(other, first, [0.4, 0.41, 0.42])

@@ -20,6 +20,8 @@ from tests.toys import Squares
         ({"mode_guidance_scale": -0.1}, "`mode_guidance_scale` is -0.1; it must be at least 0"),
         ({"mode_guidance_scale": 0.1, "strength": 0.5}, "a `mode_guidance_stop` of 0.5 no step is pulled"),
         ({"mode_guidance_stop": 0.0}, "`mode_guidance_stop` is 0.0; it must be above 0 and at most 1"),
+        ({"oversample": 0}, "`oversample` is 0; it must be at least 1"),
+        ({"teacher": "last.ckpt"}, "`oversample` is 1, which leaves it nothing to choose from"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` is nan"),
         ({"image_size": 0}, "`image_size` is 0"),
         ({"resolution": -8}, "`resolution` is -8"),

@@ -97,7 +97,7 @@ def edit(made, *place, to=...):
         (("labels",), {"teacher": "x"}, "labels has no 'tried'"),
         (("labels",), {"teacher": "x", "tried": "y"}, "column 'logits' is missing; it must be fixed_size_list"),
         (("results",), {"table": []}, "results has no 'protocol'"),
-        (("format",), 4, "is of format 4, not 3; use the d4m-plugin that wrote it"),
+        (("format",), 5, "is of format 5, not 4; use the d4m-plugin that wrote it"),
         (("format",), "2", "format is '2'; it must be a whole number"),
     ],
     ids=str,

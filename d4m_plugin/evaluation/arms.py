@@ -32,7 +32,7 @@ from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import Resize, squares_of, to_pixels
 from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import Chosen, at_most
-from d4m_plugin.synthesis import open_model, synthesise
+from d4m_plugin.synthesis import open_model, open_teacher, synthesise
 from d4m_plugin.teachers import Teacher, load_teacher, teacher_digest
 from d4m_plugin.units import SILENCE, Units, load_tensors, save_tensors
 
@@ -233,6 +233,10 @@ class Arms:
         return open_model(self.recipe)
 
     @cached_property
+    def _chooser(self) -> Teacher | None:
+        return open_teacher(self.recipe, self.source, self.cache_dir)
+
+    @cached_property
     def prototypes(self) -> list[Prototypes]:
         """Those of each class."""
         dataset = self.judged.dataset
@@ -292,7 +296,7 @@ class Arms:
         prompts = recipe.prompts(self.source.classes)
         wanted = [(label, index) for label in range(len(self.source.classes)) for index in range(recipe.ipc)]
         block = wanted[number * BLOCK : (number + 1) * BLOCK]
-        return synthesise(block, nothing, prompts, recipe, self.model)["image"]
+        return synthesise(block, nothing, prompts, recipe, self.model, self._chooser)["image"]
 
     def _reconstructed(self, seed: int) -> Tensor:
         latents = list(self._latents_of(self._random(seed)))

@@ -40,6 +40,7 @@ def sweep(
     prototypes: tuple[int, ...] = (),
     num_inference_steps: tuple[int, ...] = (),
     mode_guidance_scale: tuple[float, ...] = (),
+    oversample: tuple[int, ...] = (),
     ipc: int = 10,
     recipe: dict[str, Any] | None = None,
     labels: tuple[Labels, ...] = ("teacher", "hard"),
@@ -68,6 +69,7 @@ def sweep(
         prototypes: values to try, divisors of `ipc`.
         num_inference_steps: values to try.
         mode_guidance_scale: values to try.
+        oversample: values to try; `teacher` chooses.
         ipc: images per class.
         recipe: other options of the Recipe, the same for all.
         labels: `teacher` and `hard`.
@@ -96,6 +98,7 @@ def sweep(
         "prototypes": prototypes,
         "num_inference_steps": num_inference_steps,
         "mode_guidance_scale": mode_guidance_scale,
+        "oversample": oversample,
     }
     varied = {name: values for name, values in given.items() if values}
     if not varied:
@@ -104,7 +107,12 @@ def sweep(
     if unknown := [name for name in recipe or {} if name not in known]:
         raise InputError(f"`recipe` has {unknown[0]!r}; it takes other options of the Recipe than those given here.")
     settings: list[Setting] = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-    recipes = [Recipe(ipc=ipc, **(recipe or {}), **setting) for setting in settings]
+    recipes = []
+    for setting in settings:
+        options = {"ipc": ipc, **(recipe or {}), **setting}
+        if options.get("oversample", 1) > 1:
+            options.setdefault("teacher", teacher)
+        recipes.append(Recipe(**options))
     steps = steps_of(budget, ipc * len(source.classes), batch_size)
     protocol = Protocol(
         arms=(),
