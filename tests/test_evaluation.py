@@ -37,6 +37,12 @@ from tests.toys import Squares
 CHEAP = {"num_inference_steps": 2, "strength": 1.0}
 
 
+@pytest.fixture(autouse=True)
+def quick_teacher(monkeypatch):
+    """Squares are told apart after few steps."""
+    monkeypatch.setattr("d4m_plugin.teaching.LEAST_STEPS", 100)
+
+
 @pytest.fixture
 def arms(squares, tmp_path):
     dataset = distill(squares, Recipe(ipc=4, prototypes=2, **CHEAP), output=tmp_path / "set")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Recipe, Teacher, TeacherMatching, distill
+from d4m_plugin.devices import trainer_precision
 from d4m_plugin.matching import MIXINGS, matching_loss, soften
 from d4m_plugin.relabelling import relabel
 from tests.test_datamodule import quiet_trainer
