@@ -211,6 +211,7 @@ class Evil:
         return (os.mkdir, (str(self.mark),))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 def test_nothing_is_unpickled(made, squares, tmp_path):
     mark = tmp_path / "mark"
     for name in ("theirs.pt", "theirs.ckpt"):
@@ -369,6 +370,7 @@ def test_a_command_on_a_card_says_what_the_record_says(made):
         [1, 2, 3],
     ],
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 def test_a_file_of_other_tensors_is_told(squares, tmp_path, held):
     torch.save(held, tmp_path / "theirs.pt")
     with pytest.raises(InputError, match=r"`distilled_set` is '.*theirs.pt', w"):

@@ -25,6 +25,7 @@ from tests.test_datamodule import quiet_trainer
 from tests.toys import Squares
 
 LR = 0.02
+pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
 
 
 class Plain(L.LightningModule):
@@ -411,6 +412,7 @@ def test_the_pass_with_gradients_is_the_one_that_counts(teacher):
     assert_same_weights(module.model, network)
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_step_may_skip_a_batch(teacher):
     class Skips(Plain):
         def training_step(self, batch, batch_idx):
@@ -446,6 +448,7 @@ def test_whole_precisions_train(teacher, precision):
     assert fit(Plain(), TeacherMatching(teacher), precision=precision).global_step == 6
 
 
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer` in both")
 def test_a_modules_own_hook_for_batches_runs(teacher):
     class Mirrors(Plain):
         def on_after_batch_transfer(self, batch, dataloader_idx):
@@ -619,6 +622,7 @@ def test_matching_a_trained_teacher_teaches():
     ],
     ids=["accumulation", "clipping", "bf16", "fp16", "overfit_batches"],
 )
+@pytest.mark.filterwarnings("ignore:You requested to overfit", "ignore:You passed `Trainer")
 def test_the_trainers_own_options_equal_a_plain_loop(teacher, options, by_hand):
     torch.manual_seed(0)
     module = Plain()

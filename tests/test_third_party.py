@@ -21,6 +21,7 @@ from d4m_plugin.teachers import load_teacher
 from tests import families, third_party
 from tests.test_datamodule import quiet_trainer
 
+pytestmark = pytest.mark.filterwarnings("default")  # they warn of much
 DICTS = {"torchgeo": ["image", "label"], "transformers": ["pixel_values", "labels"]}
 
 
