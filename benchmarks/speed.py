@@ -36,7 +36,7 @@ from d4m_plugin.seeding import generator_of
 from d4m_plugin.synthesis import synthesise
 
 CLASSES, IPC = 10, 10
-FILES = 1000  # encoded
+FILES = 5000  # encoded
 BATCHES = (10, 25, 50, 100)  # of which the bare passes get the best
 OF_A_CLASS = (1300, 4, 64, 64)  # latents: ImageNet at 512 pixels
 
@@ -197,7 +197,7 @@ def whole(setting: Setting) -> tuple[Turn, Turn]:
         LatentDiffusion(setting.diffusion)
         setting.encode_bare(FILES)
         for _ in range(CLASSES):
-            MiniBatchKMeans(IPC, batch_size=1024, n_init=3, random_state=0).fit(latents)
+            MiniBatchKMeans(IPC, batch_size=1024, init_size=256, n_init=1, random_state=0).fit(latents)
         setting.synthesise_bare()
 
     return ours, bare

@@ -121,3 +121,4 @@ class _Other:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.said.close()

@@ -606,7 +606,7 @@ def test_dd_rankings_scores_are_its_formulas():
 def test_an_evaluation_ends_with_a_verdict_a_report_and_results_on_the_card(tmp_path):
     distill(Digits(), Recipe(ipc=2, **CHEAP), output=tmp_path / "digits")
     arms = ("equal_bytes", "real")
-    rows = evaluate(str(tmp_path / "digits"), output=tmp_path / "report", seeds=2, budget=3, arms=arms)
+    rows = evaluate(str(tmp_path / "digits"), output=tmp_path / "report", seeds=2, budget=2, batch_size=20, arms=arms)
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert list(rows.values())[:-1] == list(results["verdicts"])
     assert {(row["labels"], row["arm"]) for row in results["table"]} == {
@@ -699,7 +699,7 @@ def test_sets_of_any_method_are_judged_alike(tmp_path, monkeypatch):
     pixels = torch.stack([to_pixels(chosen[index][0], 32) for index in range(10)])
     torch.save((pixels, torch.tensor(chosen.targets)), tmp_path / "theirs.pt")
     sets = [str(tmp_path / "ours"), str(tmp_path / "theirs.pt")]
-    rows = compare(sets, digits, tmp_path / "comparison", labels=("hard",), seeds=2, budget=2)
+    rows = compare(sets, digits, tmp_path / "comparison", labels=("hard",), seeds=2, budget=2, batch_size=10)
     assert [run.arm for run in trained] == ["distilled", "random"] * 2 + ["distilled"] * 2  # random ones serve both
     with (tmp_path / "comparison" / "comparison.csv").open() as file:
         table = list(csv.DictReader(file))

@@ -418,13 +418,16 @@ print(json.dumps([pushed, again, second, elsewhere, differs, unpushed]))
 def test_of_two_processes_one_asks_and_pushes(hub, client, squares):
     devices = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     words = ["--data.hub_id", REPO, "--data.push", "true", "--data.ipc", "2", *devices]
-    code = FITTING + f"""
+    code = (
+        FITTING
+        + f"""
 if __name__ == "__main__":
     from d4m_plugin.progress import is_first
     status = fit(*{words!r})
     if is_first():
         print(status)
 """
+    )
     assert client(code) == 0
     assert len([line for line in hub.log if line.endswith(("/repos/create", "/commit/main"))]) == 3  # twice, and once
     assert "ipc-2/d4m.json" in files_of(hub)

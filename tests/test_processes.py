@@ -47,6 +47,7 @@ def start(squares, tmp_path):
     yield start
     for process in started:
         process.kill()
+        process.communicate()  # closes its pipes
 
 
 def of_one_process(squares, folder, steps, ipc=4):

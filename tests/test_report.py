@@ -273,7 +273,8 @@ def test_of_many_classes_the_extremes_and_the_most_confused_are_shown(tmp_path, 
     else:
         assert "confusion.png" not in texts
     for figure in texts:
-        assert max(Image.open(tmp_path / figure).size) < 2000
+        with Image.open(tmp_path / figure) as picture:
+            assert max(picture.size) < 2000
 
 
 def test_of_many_classes_some_are_drawn_among_the_points(tmp_path, texts):

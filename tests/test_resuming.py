@@ -160,7 +160,8 @@ def test_what_another_process_is_at_is_left_to_it_and_taken_over_when_it_ends(tm
     )
     lock = str(tmp_path / "1.safetensors.lock")
     other = subprocess.Popen([sys.executable, "-c", script, lock], stdout=subprocess.PIPE)
-    other.stdout.readline()
+    with other.stdout:
+        other.stdout.readline()
     asleep = []
 
     def sleep(seconds):

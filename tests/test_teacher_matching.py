@@ -668,6 +668,7 @@ def test_checkpointed_and_compiled_students_equal_a_plain_loop(teacher, student)
     assert_same_weights(module.model, network)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # asked for by torch.compile itself
 @pytest.mark.parametrize("student", [Plain, CallsSubmodule])
 def test_a_compiled_lightning_module_equals_a_plain_loop(teacher, student):
     torch.manual_seed(0)
