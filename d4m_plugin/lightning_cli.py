@@ -118,12 +118,13 @@ class D4MCLI(LightningCLI):
         if not isinstance(self.datamodule, D4MDataModule):
             return {}
         if is_overridden("test_step", self.model):
-            (metrics,) = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            measure: Any = self.trainer.test
         elif is_overridden("validation_step", self.model):
-            (metrics,) = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            measure = self.trainer.validate
         else:
             return {}
-        return {_row_name(name): _shown(name, value) for name, value in metrics.items()}
+        found = measure(self.model, datamodule=self.datamodule, verbose=False)  # nothing of no batches
+        return {_row_name(name): _shown(name, value) for metrics in found for name, value in metrics.items()}
 
     def _what_next(self, checkpoint: Path | None) -> dict[str, Any]:
         data, log_dir = self.datamodule, self.trainer.log_dir  # read by every rank: it is broadcast

@@ -48,6 +48,10 @@ def test_fit_alone_runs_whole_and_finds_its_set_again(run):
     assert "accuracy on real test images" in out
     assert "Synthesising" not in err
 
+    status, out, err = run("fit", "--data", "D4MDataModule", *SHORT, "--trainer.limit_test_batches", "0")
+    assert status == 0, err
+    assert "accuracy on real test images" not in table_of(out)
+
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_random_weights_are_not_measured(run, command):
