@@ -135,10 +135,10 @@ class Setting:
                     generator=generator_of(0, label, index),
                 )
 
-    def encode_ours(self, num_workers: int) -> None:
+    def encode_ours(self) -> None:
         """Encode files."""
         images = self.photographs.train()
-        for _ in encode(images, range(CLASSES), self.model, self.model.resolution, num_workers=num_workers):
+        for _ in encode(images, range(CLASSES), self.model, self.model.resolution):
             pass
 
 
@@ -155,7 +155,7 @@ def authors(setting: Setting) -> tuple[Turn, Turn]:
 def encoding(setting: Setting) -> tuple[Turn, Turn]:
     """Encoding of files, beside bare passes on as many images in memory."""
     count = len(setting.photographs.train())
-    return partial(setting.encode_ours, 2), partial(setting.encode_bare, count)
+    return setting.encode_ours, partial(setting.encode_bare, count)
 
 
 def prototypes(k: int, setting: Setting) -> tuple[Turn, Turn]:
@@ -191,7 +191,7 @@ def whole(setting: Setting) -> tuple[Turn, Turn]:
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            distill(source, recipe, output=Path(folder) / "set", cache_dir=folder, num_workers=2)
+            distill(source, recipe, output=Path(folder) / "set", cache_dir=folder)
 
     def bare() -> None:
         LatentDiffusion(setting.diffusion)
