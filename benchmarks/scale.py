@@ -179,7 +179,7 @@ def cost(
         bytes_an_image: of a distilled PNG.
         gpus: that share the work.
     """
-    print("| | images a class | encoding, h | synthesis, h | GPU hours | set, GB | prototypes, GB | latents, GB |")
+    print("| | images a class | encoding, h | synthesis, h | GPU hours | set, GB | prototypes, GB | kept latents, GB |")
     print("|---|---|---|---|---|---|---|---|")
     for name, (classes, images) in REAL.items():
         for ipc in (10, 50):

@@ -45,7 +45,7 @@ def accuracies(rows: Path, height: int) -> Image.Image:
         axis.bar_label(bars, [f"{mean:.1f}" for mean in means], label_type="center", color="white")
     axis.set_xticks(range(len(sizes)), [f"{size}" for size in sizes])
     axis.set(xlabel="images a class", ylabel="accuracy on real test images, %")
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     content = io.BytesIO()
     figure.savefig(content, dpi=100)
     return Image.open(content)
