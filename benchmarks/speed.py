@@ -31,7 +31,7 @@ from d4m_plugin import Digits, ImageFolder, LatentDiffusion, Recipe, distill
 from d4m_plugin.devices import autocast
 from d4m_plugin.distilled import png
 from d4m_plugin.encoding import encode
-from d4m_plugin.prototypes import Prototypes, cluster
+from d4m_plugin.prototypes import BATCH_SIZE, START_SIZE, Prototypes, cluster
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.synthesis import synthesise
 
@@ -197,7 +197,7 @@ def whole(setting: Setting) -> tuple[Turn, Turn]:
         LatentDiffusion(setting.diffusion)
         setting.encode_bare(FILES)
         for _ in range(CLASSES):
-            MiniBatchKMeans(IPC, batch_size=1024, init_size=256, n_init=1, random_state=0).fit(latents)
+            MiniBatchKMeans(IPC, batch_size=BATCH_SIZE, init_size=START_SIZE, n_init=1, random_state=0).fit(latents)
         setting.synthesise_bare()
 
     return ours, bare

@@ -142,6 +142,8 @@ def pretrain(
     for name, rate in (("vae_lr", vae_lr), ("unet_lr", unet_lr)):
         if not rate > 0:
             raise InputError(f"`{name}` is {rate}; it must be above 0.")
+    if output.exists():
+        raise InputError(f"`output` is {str(output)!r}, which exists; name a new folder or remove it.")
     pipeline = _opened(start_from) if start_from else None
     own_size = pipeline.vae.config.sample_size if pipeline else source.image_size
     image_size = image_size or own_size
@@ -150,8 +152,6 @@ def pretrain(
     elif image_size != own_size:
         size = f"of {own_size} pixels, and `image_size` {image_size}"
         raise InputError(f"`start_from` is {start_from!r}, {size}; use its own.")
-    if output.exists():
-        raise InputError(f"`output` is {str(output)!r}, which exists; name a new folder or remove it.")
     make_writable(output.resolve().parent, "output")
 
     options = [image_size, list(vae_channels), list(unet_channels), vae_steps, unet_steps, batch_size, vae_lr, unet_lr]

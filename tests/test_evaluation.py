@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import struct
 import zlib
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -746,7 +748,9 @@ def test_a_sweep_over_oversampling_lets_its_own_teacher_choose(squares, tmp_path
     options = {"ipc": 2, "recipe": {"num_inference_steps": 4}, "labels": ("hard",), "seeds": 1, "budget": 2}
     with pytest.raises(InputError, match="`teacher` is 'nobody'"):
         sweep(squares, tmp_path / "sweep", oversample=(1, 2), teacher="nobody", batch_size=4, **options)
-    assert (tmp_path / "sweep").exists()  # the set of one try was made
+    assert (tmp_path / "sweep").exists()
+    made = [path for path in Path(os.environ["D4M_CACHE"], "sets").iterdir() if path.suffix != ".partial"]
+    assert len(made) == 1  # the set of one try
 
 
 def test_the_p_value_is_that_of_the_independent_t_test():
