@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d4m_plugin.callbacks import RunProgress, TeacherMatching
 from d4m_plugin.callbacks.teacher_matching import STORED
-from d4m_plugin.cli import OneSentenceErrors, table
+from d4m_plugin.console import OneSentenceErrors, table
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import trainer_precision
 from d4m_plugin.distilled import DistilledDataset

@@ -13,7 +13,7 @@ import yaml
 from datasets import load_dataset
 from PIL import Image
 
-from d4m_plugin import Digits, cli
+from d4m_plugin import Digits, cli, console
 from d4m_plugin.errors import InputWarning
 
 SHORT = ["--data.num_inference_steps", "4", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
@@ -155,7 +155,7 @@ def test_class_names_are_a_mapping_or_a_file(run, names):
 
 def test_a_warning_about_the_data_is_one_line(capsys):
     before = warnings.formatwarning
-    cli._to_the_user(
+    console.to_the_user(
         lambda: print(warnings.formatwarning(InputWarning("two cats"), InputWarning, "file.py", 1), end="")
     )
     assert capsys.readouterr().out == "warning: two cats\n"

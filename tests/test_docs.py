@@ -71,7 +71,7 @@ def test_every_command_is_one_that_the_command_line_takes(page, words, run, monk
     monkeypatch.setattr(jsonargparse.ArgumentParser, "instantiate", lambda self, options: options)
     monkeypatch.setattr(D4MCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(D4MCLI, "_run_subcommand", lambda self, subcommand: None)
-    monkeypatch.setattr(cli, "_log_to", lambda file: None)
+    monkeypatch.setattr(cli, "log_to", lambda file: None)
     status, _, err = run(*words)
     assert status == 0, err
     assert words[0] in cli.COMMANDS

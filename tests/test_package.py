@@ -38,13 +38,13 @@ def test_the_core_imports_no_lightning():
 
 
 def imports():
-    """What each module imports of the package when it is imported itself."""
+    """What each module imports of the package, inside its functions too."""
     names = {}
     for path in sorted((ROOT / "d4m_plugin").rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     for name, path in names.items():
-        statements = [each for each in ast.parse(path.read_text()).body if isinstance(each, ast.ImportFrom)]
+        statements = [each for each in ast.walk(ast.parse(path.read_text())) if isinstance(each, ast.ImportFrom)]
         whole = {f"{each.module}.{alias.name}" for each in statements for alias in each.names}
         yield name, (whole | {each.module for each in statements}) & names.keys() - {name, "d4m_plugin"}
 
@@ -52,6 +52,8 @@ def imports():
 def test_imports_between_modules_go_one_way():
     graph = dict(imports())
     assert graph["d4m_plugin.synthesis"] > {"d4m_plugin.diffusion", "d4m_plugin.prototypes"}
+    graph["d4m_plugin.teachers"].remove("d4m_plugin.teaching")  # that trains one where a small source has none
+    graph["d4m_plugin.distilled"].remove("d4m_plugin.pushing")  # a set's method, of which the set knows no more
     list(graphlib.TopologicalSorter(graph).static_order())  # a CycleError names the modules
 
 

@@ -21,7 +21,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from d4m_plugin import DistilledDataset, InputError, Recipe, cli, distill
+from d4m_plugin import DistilledDataset, InputError, Recipe, cli, console, distill
 from d4m_plugin.card import merged_card, write_card
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.distilled import read_prototypes
@@ -486,5 +486,5 @@ def test_every_command_tells_of_a_strangers_set_in_one_line(made, monkeypatch, c
 
 def test_a_terminals_commands_are_shown_not_obeyed(capsys):
     with pytest.raises(SystemExit):
-        cli._fail("a\n\x1b[31mb \ud800")
+        console.fail("a\n\x1b[31mb \ud800")
     assert capsys.readouterr().err == "error: a \\x1b[31mb \\ud800\n"

@@ -1,0 +1,136 @@
+"""What the command line tells the user: tables, warnings of one line, and errors of one sentence."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from d4m_plugin.cache import refusal_of
+from d4m_plugin.errors import InputError, InputWarning
+
+LOG = logging.getLogger("d4m_plugin")
+LOG.addHandler(logging.NullHandler())  # else Python says its warnings a second time
+
+
+def log_to(file: Path) -> None:
+    """Have progress and warnings added to a file.
+
+    Raises:
+        InputError: where it cannot be written.
+    """
+    try:
+        handler = logging.FileHandler(file, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"`log_file` is {str(file)!r}, which cannot be written ({error.strerror}).") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+
+
+def to_the_user(run: Callable[[], None]) -> None:
+    """Run a command; end with status 2 and one sentence where the user can mend it, with 130 at Ctrl-C."""
+    warnings.formatwarning = _in_one_line
+    try:
+        run()
+    except KeyboardInterrupt:
+        print(
+            "\nStopped. What is done so far is kept: the same command goes on from there.", file=sys.stderr, flush=True
+        )
+        os._exit(130)  # now, whatever threads and other processes are at
+    except Exception as error:
+        if type(error).__name__ == "MisconfigurationException":  # Lightning's for options that cannot work
+            fail(str(error))
+        if type(error).__name__ == "UnpicklingError":  # torch's, of what Lightning gives it
+            fail("the checkpoint is damaged, or holds more than tensors: it is not read, since that could run code.")
+        if refusal := refusal_of(error):
+            fail(refusal)
+        cause = _input_error(error)
+        if cause is None:
+            raise
+        fail(str(cause).rpartition("InputError: ")[2].strip())  # a loader's worker sends its traceback along
+    finally:
+        warnings.formatwarning = _in_full
+
+
+_in_full = warnings.formatwarning
+
+
+def _in_one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Say a warning about the user's data without the line of code that gave it."""
+    if issubclass(category, InputWarning):
+        told = f"warning: {printable(str(message))}"
+        LOG.warning(told)
+        return f"{told}\n"
+    return _in_full(message, category, filename, lineno, line)
+
+
+def fail(sentence: str) -> NoReturn:
+    """Say what is wrong, and exit with status 2."""
+    told = f"error: {printable(' '.join(sentence.split()))}"
+    print(told, file=sys.stderr)
+    LOG.error(told)
+    sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """Return text as a terminal may show it: what others named may hold its commands."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """Return the InputError among an error's causes: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
+
+
+class OneSentenceErrors:
+    """Mix into a jsonargparse parser: what it cannot parse is said in one line, without usage."""
+
+    exit_on_error: bool
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the option and what is wrong with it, and exit with status 2."""
+        if not self.exit_on_error:  # the parser of a nested class: the outer one adds the rest of the option's name
+            super().error(message, ex)  # type: ignore[misc]  # jsonargparse's, which this is mixed into
+        fail(str(_input_error(ex) or one_sentence(message)))
+
+
+# What jsonargparse says beside the fact, on lines of their own.
+_AROUND_THE_FACT = re.compile(
+    r"Parser key|Problem with given class_path|Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>"
+    r"|Given value|Expected a path but"
+)
+
+
+def one_sentence(message: str) -> str:
+    """Return the option's full name and the fact from a message of jsonargparse, which nests one in the other."""
+    option = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    lines = [line.strip(" -") for line in message.splitlines()]
+    facts = [line for line in lines if line and not _AROUND_THE_FACT.match(line)]
+    if not option or not facts:
+        return " ".join(lines)
+    unknown = re.match(r"Expected a dot import path string: (.*)", facts[-1])
+    if not unknown:
+        return f"`{option}`: {facts[-1]}"
+    known = f"one of {', '.join(_source_names())} or " if option.endswith("source") else ""
+    return f"`{option}` is {unknown[1]!r}, which is no such class; name {known}a class by its import path."
+
+
+def _source_names() -> list[str]:
+    from d4m_plugin import sources
+
+    offered = {name: getattr(sources, name) for name in sources.__all__}
+    return [name for name, kind in offered.items() if issubclass(kind, sources.Source) and kind is not sources.Source]
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Return rows of a name and a value as text, the names aligned."""
+    width = max(len(name) for name in rows)
+    return "\n".join(printable(f"  {name:<{width}}  {value}") for name, value in rows.items())
