@@ -17,7 +17,7 @@ from d4m_plugin.hub import without_folders
 from d4m_plugin.progress import Progress
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.sources.images import to_pixels
-from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher, name_of
+from d4m_plugin.teachers import Teacher, name_of, tried_teacher
 
 BATCH = 100  # images
 
@@ -52,8 +52,7 @@ def relabel(
         raise InputError(f"`folder` is {str(folder)!r}, whose classes are not those of {source.name}.")
     make_writable(dataset.folder, "folder")
     write_card(Path(folder), dataset.folder.name, dataset.metadata)  # now it can still be refused
-    loaded = load_teacher(teacher, source, cache_dir)
-    tried = check_above_chance(loaded.to(default_device()), source)
+    loaded, tried = tried_teacher(teacher, source, cache_dir, default_device())
     logits = _logits(loaded, dataset)
 
     schema, start = features_of(dataset.classes, with_logits=True).arrow_schema, 0

@@ -14,7 +14,7 @@ from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import ResolvedRecipe
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Source
-from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher
+from d4m_plugin.teachers import Teacher, tried_teacher
 
 
 def open_model(recipe: ResolvedRecipe, compile: bool = False) -> LatentDiffusion:
@@ -48,9 +48,7 @@ def open_teacher(recipe: ResolvedRecipe, source: Source, cache_dir: str | Path |
     """
     if recipe.teacher is None:
         return None
-    teacher = load_teacher(recipe.teacher, source, cache_dir).to(default_device())
-    check_above_chance(teacher, source)
-    return teacher
+    return tried_teacher(recipe.teacher, source, cache_dir, default_device())[0]
 
 
 def synthesise(

@@ -332,6 +332,18 @@ def _build(student: dict[str, Any], data: dict[str, Any], weights: dict[str, Ten
         raise InputError(f"`teacher` is {str(path)!r}, whose parts do not go together ({reason}).") from error
 
 
+def tried_teacher(
+    teacher: str | Path | nn.Module, source: Source, cache_dir: str | Path | None, device: torch.device
+) -> tuple[Teacher, str]:
+    """Return `load_teacher`'s teacher on a device, and how many real test images it names rightly, in words.
+
+    Raises:
+        InputError: as `load_teacher` and `check_above_chance`.
+    """
+    loaded = load_teacher(teacher, source, cache_dir).to(device)
+    return loaded, check_above_chance(loaded, source)
+
+
 def check_above_chance(teacher: Teacher, source: Source) -> str:
     """Return how many of a sample of real test images a teacher names rightly, in words.
 

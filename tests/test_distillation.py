@@ -14,11 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import d4m_plugin.assembling as assembling
+import d4m_plugin.diffusion as diffusion
 import d4m_plugin.distillation as distillation
 import d4m_plugin.synthesis as synthesis
 from d4m_plugin import Digits, DistilledDataset, InputError, LatentDiffusion, Recipe, Teacher, distill
 from d4m_plugin.devices import Batches
 from d4m_plugin.errors import InputWarning
+from d4m_plugin.models.students import create_student
 from d4m_plugin.preview import grid
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.seeding import generator_of, seed_of
@@ -100,6 +102,30 @@ def test_images_are_kept_at_the_size_asked_for(squares):
 def test_more_steps_than_the_schedule_has_are_told(squares):
     with pytest.raises(InputError, match="`num_inference_steps` is 1001; the model's schedule has 1000 steps"):
         distill(squares, dataclasses.replace(RECIPE, num_inference_steps=1001))
+
+
+def test_as_many_steps_as_the_schedule_has_are_taken(squares):
+    assert synthesis.open_model(Recipe(num_inference_steps=1000).resolved(squares))
+
+
+def test_a_batch_has_an_image(squares):
+    with pytest.raises(InputError, match="`batch_size` is 0; it must be at least 1"):
+        distill(squares, RECIPE, batch_size=0)
+
+
+def test_other_images_names_or_recipe_make_another_set(squares):
+    class Other(Squares):
+        fingerprint = "others"
+
+    class Renamed(Squares):
+        fingerprint = squares.fingerprint
+
+    of = distillation.set_fingerprint
+    sources = [squares, Other(), Renamed(classes=("cyan", "magenta", "yellow"))]
+    for each in sources:
+        each.diffusion = squares.diffusion
+    names = {of(each, RECIPE.resolved(each)) for each in sources}
+    assert len(names | {of(squares, dataclasses.replace(RECIPE, seed=1).resolved(squares))}) == 4
 
 
 def test_a_finished_set_is_found_again(squares, monkeypatch):
@@ -265,6 +291,39 @@ def test_of_more_images_than_are_kept_the_teacher_keeps_the_surest(random_model,
     assert torch.equal(made["seed"], one_by_one["seed"])
 
 
+class Reds(torch.nn.Module):
+    """Logits of two classes from an image's two brightest channels."""
+
+    def forward(self, images):
+        return images.amax((2, 3))[:, :2] * 255
+
+
+def test_the_surest_is_by_probability_and_of_more_than_one_colour():
+    def image(first, second):
+        pixels = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+        pixels[0, 0, 0, 0], pixels[0, 1, 0, 0] = first, second
+        return pixels
+
+    teacher = Teacher(Reds(), ["a", "b"], 4, [0.0] * 3, [1.0] * 3)
+    larger, surer, of_one_colour = image(9, 8), image(5, 1), torch.full((1, 3, 4, 4), 0, dtype=torch.uint8)
+    of_one_colour[:, 0] = 99
+    label = torch.tensor([0])
+    assert synthesis.surest(torch.stack([larger, surer]), label, teacher) == 1
+    assert synthesis.surest(torch.stack([of_one_colour, larger]), label, teacher) == 1
+    assert synthesis.of_one_colour(torch.cat([of_one_colour, larger])) == [0]  # a constant channel is no colour
+
+
+def test_a_teacher_at_chance_chooses_nothing(squares, tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "make_prototypes", lambda *_: pytest.fail("the work begins"))
+    weights = {name: torch.zeros_like(each) for name, each in create_student("convnet", 3, 16).state_dict().items()}
+    student = {"student": "convnet", "num_classes": 3, "image_size": 16}
+    seen = {"classes": squares.classes, "mean": [0.5] * 3, "std": [0.5] * 3}
+    metadata = {"student": json.dumps(student), "data": json.dumps(seen)}
+    save_file(weights, tmp_path / "guessing.safetensors", metadata)
+    with pytest.raises(InputError, match="no more than chance"):
+        distill(squares, Recipe(ipc=4, oversample=2, teacher=str(tmp_path / "guessing.safetensors")))
+
+
 def test_oversampling_with_the_sources_own_teacher(random_pipeline, monkeypatch):
     recipe = Recipe(diffusion=str(random_pipeline), ipc=1, num_inference_steps=2, max_images_per_class=3)
     plain = distill(Digits(), recipe)
@@ -398,9 +457,13 @@ def test_no_more_images_of_a_class_are_encoded_than_asked_for(squares, monkeypat
     get = toys._Squares.__getitem__
     monkeypatch.setattr("tests.toys._Squares.__getitem__", lambda self, index: read.append(index) or get(self, index))
     recipe = dataclasses.replace(RECIPE, max_images_per_class=3)
-    first = distill(squares, recipe)
-    assert sorted(collections.Counter(index % 3 for index in set(read)).values()) == [3, 3, 3]
-    assert distill(squares, dataclasses.replace(recipe, seed=1)).images.ne(first.images).any()
+    distill(squares, recipe)
+    first = set(read)
+    assert sorted(collections.Counter(index % 3 for index in first).values()) == [3, 3, 3]
+    assert len({frozenset(index // 3 for index in first if index % 3 == label) for label in range(3)}) > 1
+    read.clear()
+    distill(squares, dataclasses.replace(recipe, seed=1))
+    assert set(read) != first
 
 
 def test_kept_latents_are_encoded_once_and_give_the_same_set(squares, monkeypatch, tmp_path):
@@ -414,9 +477,25 @@ def test_kept_latents_are_encoded_once_and_give_the_same_set(squares, monkeypatc
         patch.setattr(distillation.LatentDiffusion, "encode", lambda *_: pytest.fail("encoded again"))
         found = [distill(squares, other, cache_dir=tmp_path / "cache").images for other in others]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    folders = len(list((tmp_path / "cache" / "latents").iterdir()))
-    distill(squares, dataclasses.replace(RECIPE, resolution=8), cache_dir=tmp_path / "cache", keep_latents=True)
-    assert len(list((tmp_path / "cache" / "latents").iterdir())) == folders + 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"resolution": 8}, {"resize": "squash"}, {"max_images_per_class": 3}, {"max_images_per_class": 3, "seed": 1}],
+)
+def test_kept_latents_are_of_one_model_and_one_way_to_read_the_images(squares, monkeypatch, tmp_path, changes):
+    def kept(**changes):
+        distill(squares, dataclasses.replace(RECIPE, **changes), cache_dir=tmp_path, keep_latents=True)
+        return len(list((tmp_path / "latents").iterdir()))
+
+    assert kept(max_images_per_class=3, seed=2) == 1
+    if not changes:
+        own = diffusion.compute_dtype(torch.device("cpu"))
+        monkeypatch.setattr(
+            diffusion, "compute_dtype", lambda _: {torch.float32: torch.bfloat16}.get(own, torch.float32)
+        )
+        changes = {"max_images_per_class": 3, "seed": 2, "ipc": 2}
+    assert kept(**changes) == 2
 
 
 def test_an_error_of_clustering_is_not_lost_beside_the_encoding(squares, monkeypatch):

@@ -21,7 +21,7 @@ from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.errors import InputError
 from d4m_plugin.logits import LogitsHook, all_logits, source_of_logits
 from d4m_plugin.matching import MIXINGS, Mixed, matching_loss, soften
-from d4m_plugin.teachers import Teacher, check_above_chance, load_teacher, name_of
+from d4m_plugin.teachers import Teacher, name_of, tried_teacher
 
 STORED = "stored"  # the teacher whose logits are in the set
 
@@ -111,10 +111,11 @@ class TeacherMatching(L.Callback):
         data.give_logits(STORED in self.teachers)
         named = [teacher for teacher in self.teachers if teacher != STORED]
         with torch.random.fork_rng(devices=[]):  # a seed gives the same batches, whatever the teacher
-            self._loaded = [load_teacher(teacher, data.source, data.cache_dir) for teacher in named]
-        for name, teacher in zip(named, self._loaded, strict=True):
-            tried = check_above_chance(teacher.to(trainer.strategy.root_device), data.source)
-            rank_zero_info(f"Teacher {name_of(name)}: {tried}.")
+            device = trainer.strategy.root_device
+            tried = [tried_teacher(teacher, data.source, data.cache_dir, device) for teacher in named]
+        for name, (_, how_good) in zip(named, tried, strict=True):
+            rank_zero_info(f"Teacher {name_of(name)}: {how_good}.")
+        self._loaded = [teacher for teacher, _ in tried]
         if found is not None:
             self._hook = LogitsHook(pl_module.get_submodule(found))
         self._wrap(pl_module, data)
