@@ -24,6 +24,7 @@ from d4m_plugin.models.students import create_student
 from d4m_plugin.preview import grid
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.seeding import generator_of, seed_of
+from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import Chosen
 from d4m_plugin.synthesis import synthesise
 from d4m_plugin.teachers import load_teacher
@@ -362,6 +363,38 @@ def test_encoding_goes_class_by_class_through_any_batch_size(squares, random_mod
         torch.testing.assert_close(found[2], random_model.encode(pixels), atol=1e-5, rtol=1e-5)
 
 
+class Wide(Squares):
+    """Squares between stripes that a crop leaves out."""
+
+    def train(self):
+        class Images(toys._Squares):
+            def __getitem__(self, index):
+                square, label = super().__getitem__(index)
+                wide = Image.new("RGB", (32, 16), "white")
+                wide.paste(square, (8, 0))
+                return wide, label
+
+        return Images(3, 6, seed=0)
+
+
+def test_images_that_are_not_square_are_cropped_or_squashed(squares, random_model):
+    images, latents = Wide().train(), {}
+    for resize in ("crop", "squash"):
+        latents[resize] = dict(distillation.encode(images, [0], random_model, 16, resize))[0]
+        pixels = torch.stack([to_pixels(images[index][0], 16, resize) for index in range(0, 18, 3)])
+        torch.testing.assert_close(latents[resize], random_model.encode(pixels), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(*latents.values())
+    sets = [distill(Wide(), dataclasses.replace(RECIPE, resize=resize)).images for resize in ("crop", "squash")]
+    assert not torch.equal(*sets)
+
+
+def test_each_class_is_clustered_by_a_seed_of_its_own(squares, monkeypatch):
+    seeds, own = [], distillation.cluster
+    monkeypatch.setattr(distillation, "cluster", lambda *args: seeds.append(args[2]) or own(*args))
+    distill(squares, dataclasses.replace(RECIPE, seed=5))
+    assert seeds == [seed_of(5, label) for label in range(3)]
+
+
 def test_workers_read_the_same_images(squares, random_model):
     plain = dict(distillation.encode(squares.train(), [0, 1], random_model, 16))
     workers = dict(distillation.encode(squares.train(), [0, 1], random_model, 16, num_workers=2))
@@ -481,9 +514,20 @@ def test_kept_latents_are_encoded_once_and_give_the_same_set(squares, monkeypatc
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"resolution": 8}, {"resize": "squash"}, {"max_images_per_class": 3}, {"max_images_per_class": 3, "seed": 1}],
+    [
+        {},
+        {"resolution": 8},
+        {"resize": "squash"},
+        {"vae": "vae"},
+        {"max_images_per_class": 3},
+        {"max_images_per_class": 3, "seed": 1},
+    ],
 )
-def test_kept_latents_are_of_one_model_and_one_way_to_read_the_images(squares, monkeypatch, tmp_path, changes):
+def test_kept_latents_are_of_one_model_and_one_way_to_read_the_images(
+    squares, random_pipeline, monkeypatch, tmp_path, changes
+):
+    monkeypatch.chdir(random_pipeline)  # where `vae` is
+
     def kept(**changes):
         distill(squares, dataclasses.replace(RECIPE, **changes), cache_dir=tmp_path, keep_latents=True)
         return len(list((tmp_path / "latents").iterdir()))
