@@ -388,6 +388,17 @@ def test_images_that_are_not_square_are_cropped_or_squashed(squares, random_mode
     assert not torch.equal(*sets)
 
 
+def test_the_model_takes_no_more_images_at_once_than_asked_for(squares, monkeypatch):
+    sizes = []
+    for name in ("encode", "denoise"):
+        own = getattr(LatentDiffusion, name)
+        monkeypatch.setattr(
+            LatentDiffusion, name, lambda *args, own=own, **kwargs: sizes.append(len(args[1])) or own(*args, **kwargs)
+        )
+    distill(squares, RECIPE, batch_size=3)
+    assert max(sizes) == 3
+
+
 def test_each_class_is_clustered_by_a_seed_of_its_own(squares, monkeypatch):
     seeds, own = [], distillation.cluster
     monkeypatch.setattr(distillation, "cluster", lambda *args: seeds.append(args[2]) or own(*args))

@@ -585,6 +585,12 @@ def test_an_unknown_mixing_is_refused():
         TeacherMatching(mixing="cutmux")
 
 
+@pytest.mark.parametrize("teacher", ["", [], ()])
+def test_an_empty_teacher_is_told(teacher):
+    with pytest.raises(InputError, match="name one, or null for the labels alone"):
+        TeacherMatching(teacher)
+
+
 @pytest.mark.parametrize("option", ["temperature", "hard_label_weight"])
 def test_infinite_options_are_refused(option):
     with pytest.raises(InputError, match=f"`{option}` is inf"):
