@@ -14,7 +14,8 @@ from d4m_plugin.pretraining import pretrain
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.rehearsal import estimate, preview
 from d4m_plugin.relabelling import relabel
-from d4m_plugin.sources import Digits, Source
+from d4m_plugin.screening import readable_source
+from d4m_plugin.sources import Source
 
 
 def distill_command(
@@ -44,7 +45,7 @@ def distill_command(
         dry_run: only say what it takes on this machine, by a short probe.
         recipe: options of the Recipe.
     """
-    source = source or Digits()
+    source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     if dry_run:
         return estimate(source, Recipe(**recipe), batch_size, compile)
     made = distill(
@@ -54,7 +55,6 @@ def distill_command(
         cache_dir=cache_dir,
         batch_size=batch_size,
         num_workers=num_workers,
-        skip_bad_images=skip_bad_images,
         keep_latents=keep_latents,
         compile=compile,
     )

@@ -116,6 +116,8 @@ def one_sentence(message: str) -> str:
     facts = [line for line in lines if line and not _AROUND_THE_FACT.match(line)]
     if not option or not facts:
         return " ".join(lines)
+    if missing := re.match("the following arguments are required: (.*)", facts[-1]):
+        return f"`{option}.{missing[1]}` is missing; name it too."
     unknown = re.match(r"Expected a dot import path string: (.*)", facts[-1])
     if not unknown:
         return f"`{option}`: {facts[-1]}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from d4m_plugin.cache import checksum
@@ -273,6 +274,15 @@ class LatentDiffusion:
             images = torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True)
         pixels: Tensor = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.cpu().contiguous()
+
+
+def embedded_prompts(model: str) -> list[str]:
+    """Return the prompts that an embedded model was trained with, the names of its classes; none of other models."""
+    if model not in EMBEDDED:
+        return []
+    with safe_open(ASSETS / model / "teacher.safetensors", "pt") as file:
+        names: list[str] = json.loads(file.metadata()["data"])["classes"]
+    return names
 
 
 def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Any:

@@ -37,7 +37,7 @@ from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import at_most
-from d4m_plugin.synthesis import open_model, open_teacher, synthesise
+from d4m_plugin.synthesis import open_model, open_teacher, synthesise, warn_of_prompts
 from d4m_plugin.teachers import Teacher
 from d4m_plugin.units import SILENCE, DamagedError, Units, load_tensors, save_tensors
 
@@ -176,7 +176,7 @@ def _distil_into(
     model, teacher = open_model(recipe, compile), open_teacher(recipe, source, cache)
     resolution = recipe.resolution or model.resolution
     prompts = recipe.prompts(source.classes)
-    _warn_of_cut_prompts(model, prompts)
+    warn_of_prompts(prompts, recipe, model)
     images, fingerprint_of_images = source.train(), source.fingerprint
     if recipe.max_images_per_class is not None:
         images = at_most(images, recipe.max_images_per_class, recipe.seed)
@@ -215,16 +215,6 @@ def _distil_into(
                     with suppress(OSError):  # not every file system can
                         flush(folder.parent)
                 (work / name).touch()
-
-
-def _warn_of_cut_prompts(model: LatentDiffusion, prompts: list[str]) -> None:
-    cut = [prompt for prompt in prompts if model.cuts(prompt)]
-    if cut:
-        sentence = (
-            f"{len(cut)} of {len(prompts)} prompts are longer than the text encoder reads and are cut off, such as "
-            f"{cut[0][:60]!r}…; give a shorter name in `class_names`."
-        )
-        warnings.warn(sentence, InputWarning, stacklevel=2)
 
 
 def make_prototypes(

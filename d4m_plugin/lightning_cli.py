@@ -1,6 +1,7 @@
 """LightningCLI with our defaults: what `fit`, `validate`, `test` and `predict` run."""
 
 import csv
+import inspect
 import math
 import re
 import shlex
@@ -25,6 +26,7 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.models.classifier import ImageClassifier
 
 DEFAULT_STEPS = 500
+OFFERED = ("num_classes", "image_size")  # what a model learns of the data, where it takes it
 
 # Warnings that our defaults cause, or Lightning 2.6 beside torch 2.14: nothing that a user could act on.
 BESIDE_THE_POINT = (
@@ -62,7 +64,7 @@ class D4MCLI(LightningCLI):
                 "data": {"class_path": "d4m_plugin.D4MDataModule"},
             }
         )
-        for name in ("num_classes", "image_size"):
+        for name in OFFERED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -81,6 +83,17 @@ class D4MCLI(LightningCLI):
             kwargs["callbacks"] = [*callbacks, RunProgress()]
         return super().instantiate_trainer(**kwargs)
 
+    def instantiate_classes(self) -> None:
+        """Leave out of a module's saved hyperparameters what we offered and it does not take.
+
+        Lightning 2.6 puts them there, and could not read the checkpoint back.
+        """
+        super().instantiate_classes()
+        takes = inspect.signature(type(self.model)).parameters
+        if not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+            for name in set(OFFERED) - takes.keys():
+                self.model.hparams.pop(name, None)
+
     def before_fit(self) -> None:
         """Refuse a checkpoint that is not there."""
         named = self._get(self.config_init, "ckpt_path")
@@ -97,7 +110,17 @@ class D4MCLI(LightningCLI):
                 "run of `lightning fit`."
             )
 
-    before_validate = before_predict = before_test
+    before_validate = before_test
+
+    def before_predict(self) -> None:
+        """Refuse a module that would be given labels with the images."""
+        self.before_test()
+        data = self.datamodule
+        if isinstance(data, D4MDataModule) and not data.batch_keys and not is_overridden("predict_step", self.model):
+            raise InputError(
+                f"{type(self.model).__name__} has no `predict_step`; give it one that takes a batch of images and "
+                "labels, and returns the labels that it finds."
+            )
 
     def after_fit(self) -> None:
         """Measure the student on the real test images, and say what there is now and what to do next."""

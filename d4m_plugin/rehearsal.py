@@ -20,10 +20,11 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.preview import grid
 from d4m_plugin.prototypes import cluster
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
+from d4m_plugin.screening import readable_source
 from d4m_plugin.seeding import generator_of, seed_of
-from d4m_plugin.sources import Digits, Source
+from d4m_plugin.sources import Source
 from d4m_plugin.subsets import Chosen, at_most
-from d4m_plugin.synthesis import open_model, open_teacher, synthesise
+from d4m_plugin.synthesis import open_model, open_teacher, synthesise, warn_of_prompts
 
 PNG_SHARE = 0.6  # of a photograph's pixels, what a PNG of them takes
 PROBES = 4  # batches that are encoded to measure it, of which the fastest counts
@@ -43,6 +44,7 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
     """
     resolved = recipe.resolved(source)
     model = open_model(resolved, compile)
+    warn_of_prompts(resolved.prompts(source.classes), resolved, model)
     resolution = resolved.resolution or model.resolution
     images = source.train()
     if resolved.max_images_per_class is not None:
@@ -134,6 +136,8 @@ def preview(
     images: int = 4,
     of_class: int = 200,
     batch_size: int = BLOCK,
+    cache_dir: Path | None = None,
+    skip_bad_images: bool = False,
     **recipe: Any,
 ) -> dict[str, Any]:
     """Draw a few images of a few classes as the recipe would, beside what they start from: prompts and strength, seen.
@@ -147,6 +151,8 @@ def preview(
         images: how many of each.
         of_class: real images of a class to cluster, drawn by the seed.
         batch_size: images that the model takes at once.
+        cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
+        skip_bad_images: leave out images that cannot be read; all are read once to find them.
         recipe: options of the Recipe; `ipc` and `prototypes` are those of `images` here.
 
     Returns:
@@ -160,10 +166,11 @@ def preview(
             raise InputError(f"`{name}` is {value}; it must be at least 1.")
     if output.suffix != ".png":
         raise InputError(f"`output` is {str(output)!r}; it must end in .png.")
-    source = source or Digits()
+    source = readable_source(source, skip_bad_images, cache_dir, num_workers=0)
     resolved = dataclasses.replace(Recipe(**recipe), ipc=images, prototypes=images).resolved(source)
     model, teacher = open_model(resolved), open_teacher(resolved, source)
     prompts = resolved.prompts(source.classes)
+    warn_of_prompts(prompts, resolved, model)
     few = at_most(source.train(), of_class, resolved.seed)
     shown = list(range(min(classes, len(source.classes))))
     resolution = resolved.resolution or model.resolution

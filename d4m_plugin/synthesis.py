@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d4m_plugin.devices import Batches, default_device
-from d4m_plugin.diffusion import LatentDiffusion
+from d4m_plugin.diffusion import LatentDiffusion, embedded_prompts
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import ResolvedRecipe
@@ -38,6 +38,28 @@ def open_model(recipe: ResolvedRecipe, compile: bool = False) -> LatentDiffusion
             f"`num_inference_steps` is {recipe.num_inference_steps}; the model's schedule has {most} steps."
         )
     return model
+
+
+def warn_of_prompts(prompts: Sequence[str], recipe: ResolvedRecipe, model: LatentDiffusion) -> None:
+    """Tell of prompts that the model does not read to their end, or was never shown.
+
+    Warns:
+        InputWarning: where there are such.
+    """
+    if cut := [prompt for prompt in prompts if model.cuts(prompt)]:
+        sentence = (
+            f"{len(cut)} of {len(prompts)} prompts are longer than the text encoder reads and are cut off, such as "
+            f"{cut[0][:60]!r}…; give a shorter name in `class_names`."
+        )
+        warnings.warn(sentence, InputWarning, stacklevel=2)
+    known = embedded_prompts(recipe.diffusion)
+    if known and (unknown := [prompt for prompt in prompts if prompt not in known]):
+        sentence = (
+            f"`diffusion` is {recipe.diffusion!r}, which was trained on {', '.join(known)} alone and knows nothing of "
+            f"{len(unknown)} of {len(prompts)} prompts, such as {unknown[0][:60]!r}; name a model that knows them, or "
+            "train one with `d4m pretrain`."
+        )
+        warnings.warn(sentence, InputWarning, stacklevel=2)
 
 
 def open_teacher(recipe: ResolvedRecipe, source: Source, cache_dir: str | Path | None = None) -> Teacher | None:

@@ -366,7 +366,7 @@ def check_above_chance(teacher: Teacher, source: Source) -> str:
     if accuracy < min(chance + 3 * deviation, (1 + chance) / 2):
         raise InputError(
             f"`teacher` names {accuracy:.0%} of {len(chosen)} real test images of {source.name} rightly, no more than "
-            f"chance ({chance:.0%}); it has learnt too little, or the order of its classes or its normalisation is not "
-            "what it was trained with."
+            f"chance ({chance:.0%}) can reach with so few; it has learnt too little, or the order of its classes or "
+            "its normalisation is not what it was trained with."
         )
     return f"names {accuracy:.0%} of {len(chosen)} real test images of {source.name} rightly (chance: {chance:.0%})"

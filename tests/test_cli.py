@@ -110,7 +110,7 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
             ["--data.source", "Nonsense"],
             "`data.source` is 'Nonsense', which is no such class; name one of CIFAR10, CIFAR100, Digits, HuggingFace",
         ),
-        (["--data.source", "ImageFolder"], "`data.source`: the following arguments are required: root"),
+        (["--data.source", "ImageFolder"], "`data.source.root` is missing; name it too."),
         (["--data", "Nonsense"], "`data` is 'Nonsense'"),
         (["--data.ipc", "ten"], "`data.ipc`: Expected a <class 'int'>. Got value: ten"),
         (["--data.nonsense", "1"], "Option 'nonsense' is not accepted"),
@@ -142,6 +142,7 @@ def test_a_set_can_be_distilled_alone_and_trained_on(run, tmp_path):
     assert "Synthesising" not in err
 
 
+@pytest.mark.filterwarnings("ignore:.* knows nothing of 2 of 10 prompts, such as 'zero'")
 @pytest.mark.parametrize("names", ['{"3": "three", "0": "zero"}', "names.yaml"])
 def test_class_names_are_a_mapping_or_a_file(run, names):
     Path("names.yaml").write_text("3: three\n0: zero\n", encoding="utf-8")
@@ -279,6 +280,55 @@ def test_a_preview_shows_prototypes_and_images_of_a_few_classes(run, tmp_path):
     with Image.open(tmp_path / "seen.png") as picture:
         assert picture.height == 2 * 2 * (64 + 2)
         assert picture.width > 3 * (64 + 2)
+
+
+@pytest.mark.parametrize("command", [["preview", "--images", "1"], ["distill", "--dry_run", "true", "--ipc", "1"]])
+def test_before_the_long_run_too_a_bad_image_can_be_skipped(run, command):
+    for number in range(3):
+        for name in ("train/0", "train/1", "val/0", "val/1"):
+            Path(f"photos/{name}").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (90 * number, 0, 0)).save(f"photos/{name}/{number}.png")
+    Path("photos/train/0/bad.jpg").write_text("no image")
+    words = [
+        "--source",
+        "ImageFolder",
+        "--source.root",
+        "photos",
+        "--diffusion",
+        "digits",
+        "--num_inference_steps",
+        "2",
+    ]
+    assert "bad.jpg' cannot be read as an image" in run(*command, *words)[2]
+    status, _, err = run(*command, *words, "--skip_bad_images", "true")
+    assert status == 0, err
+
+
+OWN_MODULE = """
+from config_examples.own_module import PlainClassifier
+
+
+class Saving(PlainClassifier):
+    def __init__(self, num_classes: int, hidden: int = 8) -> None:
+        super().__init__(num_classes, hidden)
+        self.save_hyperparameters()
+"""
+
+
+def test_a_checkpoint_of_a_module_that_saves_its_hyperparameters_is_read_back(run, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    Path("saving_module.py").write_text(OWN_MODULE, encoding="utf-8")
+    words = ["--model", "saving_module.Saving", "--data.train_on", "random"]
+    status, out, err = run("fit", *words, "--model.hidden", "16", "--trainer.max_steps", "2")
+    assert status == 0, err
+    checkpoint = table_of(out)["checkpoint"]
+    assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["hidden"] == 16
+    status, _, err = run("test", *words, "--data", "D4MDataModule", "--ckpt_path", checkpoint)
+    assert status == 0, err
+    status, out, err = run("fit", *words, "--trainer.max_steps", "3", "--ckpt_path", checkpoint)
+    assert status == 0, err
+    assert torch.load(table_of(out)["checkpoint"], weights_only=True)["global_step"] == 3
+    assert "Saving has no `predict_step`" in run("predict", *words, "--ckpt_path", checkpoint)[2]
 
 
 @pytest.mark.parametrize(

@@ -399,6 +399,21 @@ def test_the_model_takes_no_more_images_at_once_than_asked_for(squares, monkeypa
     assert max(sizes) == 3
 
 
+def test_the_seed_decides_the_noise(squares, random_model):
+    prototypes = {0: Prototypes(torch.randn(1, 4, 8, 8, generator=generator_of(0)), torch.ones(1))}
+    recipes = [Recipe(ipc=1, num_inference_steps=2, seed=seed).resolved(squares) for seed in (0, 1)]
+    one, other = (synthesise([(0, 0)], prototypes, ["a"], recipe, random_model)["image"] for recipe in recipes)
+    assert not torch.equal(one, other)
+
+
+def test_prompts_that_the_embedded_model_never_saw_are_told(squares, recwarn):
+    model = LatentDiffusion("digits", device=torch.device("cpu"))
+    synthesis.warn_of_prompts(["3", "7"], Recipe(diffusion="digits").resolved(squares), model)
+    assert not recwarn
+    with pytest.warns(InputWarning, match="trained on 0, 1, .* knows nothing of 1 of 2 prompts, such as 'pizza'"):
+        synthesis.warn_of_prompts(["3", "pizza"], Recipe(diffusion="digits").resolved(squares), model)
+
+
 def test_each_class_is_clustered_by_a_seed_of_its_own(squares, monkeypatch):
     seeds, own = [], distillation.cluster
     monkeypatch.setattr(distillation, "cluster", lambda *args: seeds.append(args[2]) or own(*args))
@@ -656,13 +671,16 @@ def test_memory_for_not_even_one_image_is_told():
 
 
 @pytest.mark.parametrize("always", [False, True])
-def test_an_image_of_one_colour_is_made_again_in_float32(squares, random_model, monkeypatch, always):
+def test_an_image_of_one_colour_is_made_again_in_float32(squares, random_model, random_pipeline, monkeypatch, always):
     """As one with numbers that are none comes out of the VAE."""
-    recipe = Recipe(ipc=4, num_inference_steps=2).resolved(squares)
+    recipe = Recipe(ipc=4, num_inference_steps=2, oversample=2).resolved(squares)
     points = torch.randn(2, 4, 8, 8, generator=generator_of(0))
     prototypes = {label: Prototypes(points, torch.tensor([0.5, 0.5])) for label in range(3)}
-    wanted = [(0, 0), (1, 0), (1, 1)]
-    expected = synthesise(wanted, prototypes, list(squares.classes), recipe, random_model)["image"]
+    wanted = [(0, 0), (1, 1), (1, 0)]
+    model = LatentDiffusion(str(random_pipeline), dtype=torch.bfloat16)
+    teacher = Teacher(torch.nn.Identity(), squares.classes, 16, [0.5] * 3, [0.5] * 3)  # who keeps each second try
+    monkeypatch.setattr(synthesis, "surest", lambda *_: torch.ones(3, dtype=torch.int64))
+    expected = synthesise(wanted, prototypes, list(squares.classes), recipe, random_model, teacher)["image"]
     precise, decode = [], LatentDiffusion.decode
 
     def blank_at_first(self, latents, size=None):
@@ -676,8 +694,8 @@ def test_an_image_of_one_colour_is_made_again_in_float32(squares, random_model, 
     monkeypatch.setattr(LatentDiffusion, "decode", blank_at_first)
     if always:
         with pytest.warns(InputWarning, match="1 images are of one colour, in float32 too, of 'green / blue'"):
-            synthesise(wanted, prototypes, list(squares.classes), recipe, random_model)
+            synthesise(wanted, prototypes, list(squares.classes), recipe, model, teacher)
         return
-    images = synthesise(wanted, prototypes, list(squares.classes), recipe, random_model)["image"]
+    images = synthesise(wanted, prototypes, list(squares.classes), recipe, model, teacher)["image"]
     assert precise == [torch.float32]
-    assert (images.int() - expected.int()).abs().max() <= 1
+    assert (images[1].int() - expected[1].int()).abs().max() <= 1

@@ -439,9 +439,12 @@ def test_what_cannot_be_compared_is_said_before_any_training(arms, tmp_path, per
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_set_of_other_training_images_is_warned_of(arms):
+def test_a_set_of_other_training_images_is_warned_of_wherever_the_verdict_is(arms, tmp_path):
     with pytest.warns(InputWarning, match="some of these test images may be in it"):
-        ours(arms.judged.dataset, Squares(per_class=7))
+        judged = ours(arms.judged.dataset, Squares(per_class=7))
+    results = results_of(Arms(judged, arms.source), protocol(seeds=1), runs_of([0.5], [0.4]), "teacher", None, tmp_path)
+    assert "some of these test images may be in it" in next(iter(results["verdicts"]))
+    assert "some of these test images may be in it" in (tmp_path / "report.html").read_text()
 
 
 def test_hard_labels_need_no_teacher(arms, squares, tmp_path, monkeypatch):
@@ -543,7 +546,7 @@ def test_the_interval_is_that_of_the_paired_t_test():
 def test_the_verdict_is_what_the_interval_allows(distilled, random, verdict, says):
     table = table_of(runs_of(distilled, random), COUNTS, 1000)
     assert [row["verdict"] for row in table] == [None, verdict]
-    (sentence,) = sentences(table)
+    (sentence,) = sentences(table, 1000)
     assert says in sentence
 
 
@@ -552,9 +555,17 @@ def test_seeds_that_agree_by_chance_decide_no_difference_of_one_test_image():
     assert (row["verdict"], row["interval"]) == ("not separable", 0.001)
 
 
+@pytest.mark.parametrize(("images", "verdict"), [(25, "not separable"), (68, "not separable"), (75, "worse")])
+def test_what_five_test_images_decide_is_chance(images, verdict):
+    (_, row) = table_of(runs_of([0.22, 0.22], [0.30, 0.30]), COUNTS, images)
+    assert row["verdict"] == verdict
+    (sentence,) = sentences([{**row, "arm": "distilled"}, row], images)
+    assert f"2 seeds, {images} test images" in sentence
+
+
 def test_the_unfavourable_verdict_comes_first():
     good, bad = runs_of([0.5, 0.51], [0.4, 0.41], "teacher"), runs_of([0.4, 0.41], [0.5, 0.51], "hard")
-    assert ["worse" in sentence for sentence in sentences(table_of(good + bad, COUNTS, 1000))] == [True, False]
+    assert ["worse" in sentence for sentence in sentences(table_of(good + bad, COUNTS, 1000), 1000)] == [True, False]
 
 
 def test_what_diverged_is_named_and_not_compared():
@@ -564,7 +575,7 @@ def test_what_diverged_is_named_and_not_compared():
     assert (rows["hard", "distilled"]["mean"], rows["hard", "distilled"]["diverged"]) == (0.5, [1])
     assert (rows["hard", "random"]["verdict"], rows["hard", "random"]["difference"]) == ("diverged", None)
     assert rows["teacher", "random"]["verdict"] == "better"
-    first, second = sentences(table)
+    first, second = sentences(table, 1000)
     assert "are not compared: trainings diverged, of distilled (seed 1) and random (seed 0, 2); lower" in first
     assert "is better" in second
     assert accuracy(rows["hard", "distilled"]) == "50.0 ± 0.0; diverged: seed 1"

@@ -21,6 +21,24 @@ def make_folder(root, count=1, **splits):
     return root
 
 
+def test_hardly_an_image_changes_sides_where_others_come_or_go(tmp_path):
+    root = make_folder(tmp_path, 20, photos=["cat", "dog"]) / "photos"
+    before = {*ImageFolder(root).test().names.to_pylist()}
+    (root / "cat" / "3.png").unlink()
+    Image.new("L", (20, 10)).save(root / "dog" / "new.png")
+    assert len(before ^ {*ImageFolder(root).test().names.to_pylist()} - {b"cat/3.png", b"dog/new.png"}) <= 2
+    assert {*ImageFolder(root, split_seed=1).test().names.to_pylist()} != before
+    assert {name.split(b"/")[1] for name in before if name[:3] == b"cat"} != {
+        name.split(b"/")[1] for name in before if name[:3] == b"dog"
+    }
+
+
+def test_a_folder_of_images_without_class_folders_is_told(tmp_path):
+    root = make_folder(tmp_path, photos=["cat"]) / "photos" / "cat"
+    with pytest.raises(InputError, match="which holds no folders; name the folder that has one for each class"):
+        ImageFolder(root)
+
+
 @pytest.mark.parametrize("test", ["val", "validation", "test"])
 def test_folders_are_classes_in_the_order_of_the_labels(tmp_path, test):
     source = ImageFolder(make_folder(tmp_path, train=["b", "a_b"], **{test: ["b", "a_b"]}))
@@ -113,7 +131,9 @@ def test_hidden_files_and_others_are_left_out_and_counted(tmp_path):
     for name in (".hidden.png", "Thumbs.db", "notes.txt", "no suffix"):
         (tmp_path / "train" / "a" / name).write_text("no image")
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
-    with pytest.warns(InputWarning, match="4 of 6 files under .*train' are left out: hidden, or no images"):
+    with pytest.warns(
+        InputWarning, match=r"4 of 6 files under .*train' are left out: .*\(1 hidden, 1 .db, 1 no suffix, 1 .txt\)"
+    ):
         source = ImageFolder(tmp_path)
     assert (list(source.classes), len(source.train())) == (["a", "b"], 2)
 

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Recipe, Teacher, TeacherMatching, distill
+from d4m_plugin.callbacks import teacher_matching
 from d4m_plugin.devices import trainer_precision
-from d4m_plugin.matching import MIXINGS, matching_loss, soften
+from d4m_plugin.matching import MIXINGS, Mixed, matching_loss, soften
 from d4m_plugin.relabelling import relabel
 from tests.test_datamodule import quiet_trainer
 from tests.toys import Squares
@@ -350,6 +351,74 @@ def test_the_modules_metrics_get_integer_labels(teacher):
     assert {"train_acc", "matching_loss"} <= set(trainer.callback_metrics)
 
 
+class Notes(Plain):
+    """Notes the images of each step, and draws random numbers there."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[0])
+        return super().training_step(batch, batch_idx) + 0 * torch.rand(())
+
+
+def test_the_modules_metrics_get_the_labels_of_the_larger_parts(teacher, monkeypatch):
+    monkeypatch.setitem(MIXINGS, "cutmix", lambda images: Mixed(images, torch.arange(len(images)).flip(0), 0.2))
+    module = Notes()
+    fit(module, TeacherMatching(teacher))
+    for images, labels in zip(module.seen, module.labels, strict=True):
+        assert torch.equal(labels.flip(0), images.mean((2, 3)).argmax(1))  # each square is of its class's colour
+
+
+def test_what_is_logged_is_the_loss_and_what_the_step_returns_stays(teacher):
+    torch.manual_seed(0)
+    module, losses, returned = ReturnsDict(), [], []
+    by_hand = copy.deepcopy(module.model)
+
+    class Looks(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+            returned.append(
+                (outputs["extra"], outputs["loss"].item(), trainer.callback_metrics["matching_loss"].item())
+            )
+
+    data = squares_to_train_on()
+    trainer = quiet_trainer(callbacks=[TeacherMatching(teacher, temperature=4.0), Looks()], max_epochs=1)
+    torch.manual_seed(1)
+    trainer.fit(module, datamodule=data)
+
+    def loss_of(*given):
+        losses.append(the_papers_loss(*given))
+        return losses[-1]
+
+    trained_by_hand(by_hand, [teacher], squares_to_train_on(), "cutmix", loss_of, epochs=1)
+    assert returned == [(1, pytest.approx(loss.item()), pytest.approx(loss.item())) for loss in losses]
+
+
+def test_the_batches_are_the_same_whatever_the_teacher_and_the_trial_draw(teacher, monkeypatch):
+    def seen():
+        torch.manual_seed(0)
+        module = Notes()
+        fit(module, TeacherMatching(teacher))
+        return torch.cat(module.seen)
+
+    plain, own = seen(), teacher_matching.tried_teacher
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_matching, "tried_teacher", lambda *args: (torch.rand(3), own(*args))[1])
+        assert torch.equal(seen(), plain)
+    monkeypatch.setattr(TeacherMatching, "_tried", lambda *_: "")
+    assert torch.equal(seen(), plain)
+
+
+def test_validating_needs_no_teacher():
+    class Validates(Plain):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    trainer = quiet_trainer(callbacks=[TeacherMatching("none.ckpt")])
+    assert trainer.validate(Validates(), datamodule=squares_to_train_on(), verbose=False)[0]["val_loss"] > 0
+
+
 def test_no_trace_of_the_teacher_is_left(teacher, tmp_path):
     plain_keys = set(Plain().state_dict())
     module = Plain()
@@ -560,6 +629,25 @@ def test_layers_built_late_may_be_named(teacher, student):
             fit(Late(), TeacherMatching(teacher, student=student))
     else:
         assert fit(Late(), TeacherMatching(teacher, student=student)).global_step == 6
+
+
+def test_of_layers_built_late_the_named_ones_learn_from_the_first_step_on(teacher):
+    class Late(Plain):
+        def __init__(self):
+            super().__init__()
+            del self.model
+
+        def configure_model(self):
+            self.model, self.other = Plain().model, Plain().model
+            self.first = copy.deepcopy(self.other.state_dict())
+
+        def training_step(self, batch, batch_idx):
+            self.other(batch[0])
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+    module = Late()
+    fit(module, TeacherMatching(teacher, student="model"), max_steps=1)
+    assert all(torch.equal(weight, module.first[name]) for name, weight in module.other.state_dict().items())
 
 
 def test_layers_may_be_built_late(teacher):

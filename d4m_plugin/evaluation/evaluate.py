@@ -25,7 +25,7 @@ from d4m_plugin.evaluation.pictures import features_of, judge, open_network, sid
 from d4m_plugin.evaluation.report import write_report
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings, trained
 from d4m_plugin.evaluation.sets import JudgedSet, open_set
-from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
+from d4m_plugin.evaluation.verdict import Verdict, dd_ranking, sentences, table_of
 from d4m_plugin.hub import without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.progress import is_first
@@ -152,7 +152,7 @@ def results_of(
         "device": default_device().type,
         "runs": runs,
         "table": table,
-        "verdicts": sentences(table),
+        "verdicts": _cautions(judged) | sentences(table, len(source.test())),
         "ranking": dd_ranking(table, protocol.students[0]),
         "pictures": {},
     }
@@ -176,6 +176,11 @@ def results_of(
         seen = (figures.made_features, labels, figures.real_features, real_labels)
     write_report(results, folder, pictures, seen)
     return results
+
+
+def _cautions(judged: JudgedSet) -> dict[str, Verdict | None]:
+    """Return what to know before the verdicts, among which it is shown wherever they are."""
+    return {f"Caution: {judged.caution}": None} if judged.caution else {}
 
 
 def network_of(

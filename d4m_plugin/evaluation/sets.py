@@ -64,6 +64,7 @@ class JudgedSet:
     resize: Resize
     fingerprint: str
     dataset: DistilledDataset | None = None
+    caution: str = ""
 
     @property
     def ipc(self) -> int:
@@ -117,15 +118,16 @@ def ours(dataset: DistilledDataset, source: Source) -> JudgedSet:
     """
     if dataset.classes != list(source.classes):
         raise InputError(f"`source` is {source.name}, whose classes are not those of the distilled set.")
+    caution = ""
     if dataset.metadata["source"]["fingerprint"] != source.fingerprint:
-        sentence = (
+        caution = (
             f"the set was not distilled from the training images of {source.name} as they are given here (other files, "
-            "or test images set apart otherwise): some of these test images may be in it."
+            "`skip_bad_images` otherwise, or other test images set apart): some of these test images may be in it."
         )
-        warnings.warn(sentence, InputWarning, stacklevel=2)
+        warnings.warn(caution, InputWarning, stacklevel=2)
     name = f"{dataset.metadata['source']['name']}-{dataset.folder.name}"
     squares = Squares(dataset.images, dataset.targets)
-    return _judged(name, squares, source, dataset.recipe["image_size"], dataset.recipe["resize"], dataset)
+    return _judged(name, squares, source, dataset.recipe["image_size"], dataset.recipe["resize"], dataset, caution)
 
 
 def _of_a_file(path: Path, source: Source) -> JudgedSet:
@@ -167,6 +169,7 @@ def _judged(
     image_size: int,
     resize: Resize,
     dataset: DistilledDataset | None = None,
+    caution: str = "",
 ) -> JudgedSet:
     digest = hashlib.sha256(str(squares.targets).encode())
     digest.update(squares.pixels.contiguous().numpy().data)
@@ -179,4 +182,5 @@ def _judged(
         resize=resize,
         fingerprint=digest.hexdigest()[:12],
         dataset=dataset,
+        caution=caution,
     )

@@ -12,6 +12,7 @@ from d4m_plugin.evaluation.runs import Labels
 
 Verdict = Literal["better", "worse", "not separable", "diverged"]
 CONFIDENCE = 0.95
+LEAST_IMAGES = 6  # fewer test images that all fall one way are not told from chance by a sign test: 2 / 2**6 < 0.05
 
 AGAINST: dict[Arm, str] = {"random": "as many random real images", "equal_bytes": "random real images in as many bytes"}
 LABELS: dict[Labels, str] = {"teacher": "the teacher's labels", "hard": "hard labels"}
@@ -31,9 +32,10 @@ def interval(values: Sequence[float], resolution: float = 0.0) -> float | None:
     return max(resolution, quantile * statistics.stdev(values) / math.sqrt(len(values)))
 
 
-def verdict_of(difference: float, half_width: float) -> Verdict:
-    """Return what a difference and its interval say: nothing, where the interval holds zero."""
-    if math.isclose(abs(difference), half_width) or abs(difference) < half_width:
+def verdict_of(difference: float, half_width: float, test_images: int) -> Verdict:
+    """Return what a difference and its interval say: nothing, where the interval holds zero or few images decide."""
+    least = max(half_width, (LEAST_IMAGES - 0.5) / test_images)
+    if math.isclose(abs(difference), least) or abs(difference) < least:
         return "not separable"
     return "better" if difference > 0 else "worse"
 
@@ -77,21 +79,21 @@ def table_of(
                     interval(differences, 1 / test_images),
                 )
                 if row["interval"] is not None:
-                    row["verdict"] = verdict_of(row["difference"], row["interval"])
+                    row["verdict"] = verdict_of(row["difference"], row["interval"], test_images)
         rows.append(row)
     return rows
 
 
-def sentences(table: Sequence[dict[str, Any]]) -> dict[str, Verdict | None]:
+def sentences(table: Sequence[dict[str, Any]], test_images: int) -> dict[str, Verdict | None]:
     """Return the verdicts against random real images by the words for them, the unfavourable ones first."""
     order = ["diverged", "worse", "not separable", None, "better"]
     against = [row for row in table if row["arm"] in AGAINST]
     in_order = sorted(against, key=lambda row: order.index(row["verdict"]))
     ours = {(row["student"], row["labels"]): row for row in table if row["arm"] == "distilled"}
-    return {_sentence(row, ours[row["student"], row["labels"]]): row["verdict"] for row in in_order}
+    return {_sentence(row, ours[row["student"], row["labels"]], test_images): row["verdict"] for row in in_order}
 
 
-def _sentence(row: dict[str, Any], ours: dict[str, Any]) -> str:
+def _sentence(row: dict[str, Any], ours: dict[str, Any], test_images: int) -> str:
     under = f"{row['student']}, {LABELS[row['labels']]}"
     others = AGAINST[row["arm"]]
     if row["arm"] == "equal_bytes":
@@ -113,7 +115,7 @@ def _sentence(row: dict[str, Any], ours: dict[str, Any]) -> str:
         "not separable": f"and {others} cannot be told apart",
     }[row["verdict"]]
     points = points_of(row["difference"], row["interval"])
-    return f"The distilled set {what}: {points}, {row['seeds']} seeds ({under})."
+    return f"The distilled set {what}: {points}, {row['seeds']} seeds, {test_images:,} test images ({under})."
 
 
 def points_of(difference: float, half_width: float | None = None) -> str:

@@ -97,6 +97,10 @@ class IndexedImages(LabelledImages, Protocol):
     """Images that are read one by one when asked for."""
 
     @property
+    def keys(self) -> Sequence[bytes]:
+        """What each is called, whatever the others."""
+
+    @property
     def fingerprint(self) -> str:
         """A hash of their labels and of what tells the images apart."""
 
@@ -115,7 +119,7 @@ class IndexedSource(Source):
 
     def _set_apart(self, share: float, seed: int) -> None:
         """Take the test images from the training images."""
-        kept, apart = carve(self._train.targets, share, seed)
+        kept, apart = carve(self._train.targets, self._train.keys, share, seed)
         self._train, self._test = self._train.only(kept), self._train.only(apart)
 
     @cached_property

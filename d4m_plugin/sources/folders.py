@@ -3,6 +3,7 @@
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from d4m_plugin.sources.base import IndexedSource
 from d4m_plugin.sources.images import natural_size, picture_formats, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, imagenet_ids, readable
 
+SHOWN_KINDS = 5
 TEST_FOLDERS = ("val", "validation", "test")
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -166,6 +168,12 @@ class _Files:
         return _Files(self.root, self.names.take(pa.array(chosen, pa.int64())), self.targets[chosen])
 
     @property
+    def keys(self) -> list[bytes]:
+        """The names."""
+        names: list[bytes] = self.names.to_pylist()
+        return names
+
+    @property
     def fingerprint(self) -> str:
         """A hash of names, sizes and labels."""
         digest = hashlib.sha256(self.targets.astype(np.int64).tobytes())
@@ -196,9 +204,13 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
     tests = [name for name in tests if set(_folders_in(root / name)) <= {*there} - {*splits}]
     classes = [name for name in there if name not in tests]
     if not {*classes} - {*splits}:
+        if not splits:
+            raise InputError(
+                f"`root` is {str(root)!r}, which holds no folders; name the folder that has one for each class."
+            )
         raise InputError(
-            f"`root` is {str(root)!r}, which has the folders {', '.join(splits) or 'of no class'} but no train; name "
-            "the one to distil as `train_folder`."
+            f"`root` is {str(root)!r}, which has the folders {', '.join(splits)} but no train; name the one to distil "
+            "as `train_folder`."
         )
     return root, classes, root / tests[0] if tests else None
 
@@ -223,13 +235,16 @@ def index(root: Path, folders: Sequence[str]) -> _Files:
     """Return the images of class folders, in order; count what else lies there."""
     suffixes = _image_suffixes()
     chunks: list[pa.Array] = []
-    left_out = 0
+    left_out: Counter[str] = Counter()
     for folder in folders:
         names = []
         for file in _files_under(root, folder):
             name = os.path.basename(file)
-            if name.startswith(".") or os.path.splitext(name)[1].lower() not in suffixes:
-                left_out += 1
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                left_out["hidden"] += 1
+            elif suffix not in suffixes:
+                left_out[suffix or "no suffix"] += 1
             else:
                 names.append(os.fsencode(file))
         if not names:
@@ -237,8 +252,12 @@ def index(root: Path, folders: Sequence[str]) -> _Files:
         chunks.append(pa.array(names, pa.binary()))
     targets = np.repeat(np.arange(len(folders)), [len(chunk) for chunk in chunks])
     if left_out:
-        files = left_out + len(targets)
-        sentence = f"{left_out} of {files} files under {str(root)!r} are left out: hidden, or no images by their names."
+        files = left_out.total() + len(targets)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(SHOWN_KINDS))
+        sentence = (
+            f"{left_out.total()} of {files} files under {str(root)!r} are left out: hidden, or by their names no "
+            f"images that Pillow reads ({kinds})."
+        )
         warnings.warn(sentence, InputWarning, stacklevel=2)
     return _Files(root, pa.concat_arrays(chunks), targets)
 

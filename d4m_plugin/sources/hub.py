@@ -139,6 +139,11 @@ class _Rows:
         return _Rows(self.rows, self.column, self.indices[chosen], np.asarray(self.targets)[chosen])
 
     @property
+    def keys(self) -> list[bytes]:
+        """Their numbers in the dataset."""
+        return [b"%d" % index for index in self.indices.tolist()]
+
+    @property
     def fingerprint(self) -> str:
         """A hash of labels, sizes, last bytes (which hold a PNG's checksum) and names."""
         digest = hashlib.sha256(np.asarray(self.targets, np.int64).tobytes())

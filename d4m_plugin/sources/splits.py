@@ -1,5 +1,6 @@
 """The images of each class, and setting test images apart where a dataset has none."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,7 +8,6 @@ import torch
 from torch import Tensor
 
 from d4m_plugin.errors import InputError
-from d4m_plugin.seeding import generator_of
 
 
 def members_by_label(targets: Sequence[int] | np.ndarray) -> dict[int, Tensor]:
@@ -18,13 +18,17 @@ def members_by_label(targets: Sequence[int] | np.ndarray) -> dict[int, Tensor]:
     return {label: indices for label, indices in enumerate(members) if len(indices)}
 
 
-def carve(targets: Sequence[int] | np.ndarray, share: float, seed: int) -> tuple[list[int], list[int]]:
+def carve(
+    targets: Sequence[int] | np.ndarray, keys: Sequence[bytes], share: float, seed: int
+) -> tuple[list[int], list[int]]:
     """Return the indices of images to keep and of those set apart, each in order.
 
-    Of each class `share` is set apart, rounded, but at least one image where it has two or more, and never all.
+    Of each class `share` is set apart, rounded, but at least one image where it has two or more, and never all: those
+    whose keys' hashes are the least, so that hardly an image changes sides where others come or go.
 
     Args:
         targets: the label of each image.
+        keys: what each is called.
         share: in (0, 1).
         seed: decides which.
 
@@ -34,10 +38,13 @@ def carve(targets: Sequence[int] | np.ndarray, share: float, seed: int) -> tuple
     if not 0 < share < 1:
         raise InputError(f"`test_share` is {share}; it must be above 0 and below 1.")
     apart = torch.zeros(len(targets), dtype=torch.bool)
-    for label, members in members_by_label(targets).items():
+    for members in members_by_label(targets).values():
         count = min(max(round(share * len(members)), 1), len(members) - 1)
-        order = torch.randperm(len(members), generator=generator_of(seed, label))
-        apart[members[order[:count]]] = True
+        apart[sorted(members.tolist(), key=lambda index: _rank(seed, keys[index]))[:count]] = True
     if not apart.any():
         raise InputError("no class has a second image to test on; add images, or name a test split.")
     return (~apart).nonzero().flatten().tolist(), apart.nonzero().flatten().tolist()
+
+
+def _rank(seed: int, key: bytes) -> bytes:
+    return hashlib.sha256(b"%d %s" % (seed, key)).digest()
