@@ -23,6 +23,7 @@ from d4m_plugin.recipe import Recipe
 MARKUP = re.compile(r"[`<>&|\[\]*\\]")
 DATA = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar", ".zip", ".png", ".jpg")  # what a config may name
 
+NOT_GIVEN = {"max_images_per_class": "all", "diffusion_revision": "the newest", "teacher": "none", "lora": "none"}
 ABOUT = """
 ![The images of {config}, one row a class]({config}/preview.png)
 
@@ -240,7 +241,11 @@ def _set(config: str, metadata: dict[str, Any]) -> str:
         total=f"{recipe['ipc'] * len(source['classes']):,}",
         size=recipe["image_size"],
         classes=len(source["classes"]),
-        recipe="\n".join(f"| {name} | {_cell(name, value)} |" for name, value in recipe.items()),
+        recipe="\n".join(
+            f"| {name} | {_cell(name, value)} |"
+            for name, value in recipe.items()
+            if name != "diffusion_revision" or model["hub_id"]  # else there is none
+        ),
         command=_command(metadata),
         source=_linked(source["hub_id"], source["name"], "datasets/"),
         source_license=_plain(source["license"]),
@@ -285,8 +290,6 @@ def accuracy(row: dict[str, Any]) -> str:
 def _command(metadata: dict[str, Any]) -> str:
     """Return the command that makes a set again; of folders, it knows the names alone."""
     options = _source_options(metadata)
-    if metadata["source"]["skipped"]:
-        options.append("--skip_bad_images true")
     for name, value in metadata["recipe"].items():
         if value not in (getattr(Recipe, name), {}):
             options.append(f"--{name} {_quoted(value)}")
@@ -296,7 +299,8 @@ def _command(metadata: dict[str, Any]) -> str:
 def _source_options(metadata: dict[str, Any], prefix: str = "") -> list[str]:
     source = metadata["source"]
     told = [f"{_quoted(f'--{prefix}source.{name}')} {_quoted(value)}" for name, value in source["arguments"].items()]
-    return [f"--{prefix}source {_quoted(source['class'])}", *told]
+    skipped = [f"--{prefix}skip_bad_images true"] if source["skipped"] else []
+    return [f"--{prefix}source {_quoted(source['class'])}", *told, *skipped]
 
 
 def _quoted(value: object) -> str:
@@ -324,7 +328,7 @@ def _size_category(images: int) -> str:
 
 def _cell(name: str, value: object) -> str:
     if value is None:
-        return {"max_images_per_class": "all", "diffusion_revision": "the newest"}.get(name, "the model's own")
+        return NOT_GIVEN.get(name, "the model's own")
     if value == "":
         return "none"
     if isinstance(value, dict):

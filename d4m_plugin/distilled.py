@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from d4m_plugin.cache import checksum
 from d4m_plugin.errors import InputError
-from d4m_plugin.hub import NotOnTheHub, find_repository
+from d4m_plugin.hub import find_repository
 from d4m_plugin.preview import to_pil
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.record import read_record
@@ -75,8 +75,8 @@ class DistilledDataset(VisionDataset):
         if _is_repository(root):
             try:
                 repository = find_repository(str(root), revision)
-            except NotOnTheHub as error:
-                raise NotOnTheHub(f"{root!r} is no folder here; {error}") from error
+            except InputError as error:
+                raise type(error)(f"{root!r} is no folder here; {error}") from error
             config = _choose(repository.configs, config, str(root))
             self.folder, self.revision = repository.fetch(config), repository.revision
         else:

@@ -38,6 +38,14 @@ def test_what_is_found_done_is_no_part_of_the_rate():
         assert (bar.n, bar.initial) == (92, 90)
 
 
+def test_the_last_line_has_the_rate_of_the_whole_time(capsys):
+    with Progress("Synthesising", 4) as bar:
+        bar.start_t -= 8
+        bar.update(1)
+        bar.update(3)
+    assert capsys.readouterr().err == "Synthesising: 4 of 4 images in 00:08, 2.00 s/images\n"
+
+
 def test_nothing_done_is_nothing_told(capsys):
     with Progress("Encoding", 100) as bar:
         bar.reach(100)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import lightning as L
 import numpy as np
 import pytest
@@ -45,6 +47,8 @@ def test_bad_files_are_listed_before_the_work(folder, random_pipeline, num_worke
 
 def test_bad_files_can_be_left_out_and_are_recorded(folder, random_pipeline):
     made = distill(ImageFolder(folder), recipe(random_pipeline), skip_bad_images=True)
+    card = (Path(made.root) / "README.md").read_text(encoding="utf-8")
+    assert (card.count("--skip_bad_images true"), card.count("--data.skip_bad_images true")) == (1, 1)
     skipped = made.metadata["source"]["skipped"]
     assert len(skipped) == 3
     assert all(name in line for name, line in zip(("03.jpg", "04.jpg", "05.jpg"), skipped, strict=True))
