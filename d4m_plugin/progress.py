@@ -70,7 +70,7 @@ class Progress(tqdm):  # type: ignore[type-arg]  # not generic at run time
     def format_meter(*args: Any, **options: Any) -> str:
         """As tqdm's, but for slow rates, which it writes as "1.40s/ images"."""
         line: str = tqdm.format_meter(*args, **options)
-        return line.replace("s/ ", " s/")
+        return line.replace("s/ ", " s/").replace(",  ", ", ")
 
     def _tell(self, form: str, **others: Any) -> None:
         self._last = time.monotonic()
