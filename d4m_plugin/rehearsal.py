@@ -182,7 +182,5 @@ def preview(
     made = synthesise(wanted, prototypes, prompts, resolved, model, teacher, Batches(batch_size))["image"].split(images)
     rows = [model.decode(prototypes[label].latents, resolved.image_size) for label in shown]
     pairs = [row for pair in zip(rows, made, strict=True) for row in pair]
-    grid(pairs, [name for label in shown for name in (f"{source.classes[label]}: prototypes", prompts[label])]).save(
-        output
-    )
+    grid(pairs, [name for label in shown for name in ("prototypes", prompts[label])]).save(output)
     return {"preview": output.resolve(), "rows": "of each class, the prototypes, then the images made of them"}
