@@ -44,7 +44,9 @@ def test_an_example_runs(run, name):  # the fixture imported above
         assert status == 0, err
 
 
-@pytest.mark.filterwarnings("ignore:2 of 2 classes have fewer different images")
+@pytest.mark.filterwarnings(
+    "ignore:2 of 2 classes have fewer different images", "ignore:.* knows nothing of 2 of 2 prompts"
+)
 def test_an_own_source_runs(run):  # the fixture imported above
     generator = np.random.default_rng(0)
     arrays = {}

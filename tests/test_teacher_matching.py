@@ -303,7 +303,7 @@ def test_several_teachers_are_averaged(teacher):
 @pytest.mark.parametrize("loss", ["kl", "mse"])
 def test_stored_logits_equal_a_plain_loop(teacher, squares, tmp_path, monkeypatch, keys, loss):
     distill(squares, Recipe(ipc=3, num_inference_steps=2), output=tmp_path / "set")
-    monkeypatch.setattr("d4m_plugin.relabelling.load_teacher", lambda *_: teacher)
+    monkeypatch.setattr("d4m_plugin.teachers.load_teacher", lambda *_: teacher)
     stored = relabel(tmp_path / "set", squares)
     pixels = stored.images / 255
     torch.testing.assert_close(stored.logits, teacher(pixels).half().float())
@@ -451,7 +451,7 @@ def test_the_module_is_its_own_again_after_fitting(teacher):
 
 
 def test_stored_logits_are_gone_from_the_next_fit(teacher, squares, tmp_path, monkeypatch):
-    monkeypatch.setattr("d4m_plugin.relabelling.load_teacher", lambda *_: teacher)
+    monkeypatch.setattr("d4m_plugin.teachers.load_teacher", lambda *_: teacher)
     distill(squares, Recipe(ipc=2, num_inference_steps=2), output=tmp_path / "set")
     relabel(tmp_path / "set", squares)
     data = D4MDataModule(squares, set_folder=tmp_path / "set")
