@@ -32,7 +32,7 @@ from d4m_plugin.progress import Progress, say
 from d4m_plugin.prototypes import Prototypes, cluster
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.record import FORMAT
-from d4m_plugin.screening import WithoutBadImages, check_images
+from d4m_plugin.screening import check_images, readable_source
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.splits import members_by_label
@@ -84,8 +84,7 @@ def distill(
     if batch_size < 1:
         raise InputError(f"`batch_size` is {batch_size}; it must be at least 1.")
     cache = resolve_cache_dir(cache_dir)
-    if skip_bad_images and not isinstance(source, WithoutBadImages):
-        source = WithoutBadImages(source, cache, num_workers)
+    source = readable_source(source, skip_bad_images, cache, num_workers)
     resolved = (recipe or Recipe()).resolved(source)
     _check_classes(source)
     fingerprint = set_fingerprint(source, resolved)

@@ -168,7 +168,7 @@ def preview(
         raise InputError(f"`output` is {str(output)!r}; it must end in .png.")
     source = readable_source(source, skip_bad_images, cache_dir, num_workers=0)
     resolved = dataclasses.replace(Recipe(**recipe), ipc=images, prototypes=images).resolved(source)
-    model, teacher = open_model(resolved), open_teacher(resolved, source)
+    model, teacher = open_model(resolved), open_teacher(resolved, source, cache_dir)
     prompts = resolved.prompts(source.classes)
     warn_of_prompts(prompts, resolved, model)
     few = at_most(source.train(), of_class, resolved.seed)

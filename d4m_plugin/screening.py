@@ -78,7 +78,9 @@ def readable_source(
 ) -> Source:
     """Return a source, scikit-learn's digits by default, without its unreadable images where they are to be skipped."""
     source = source or Digits()
-    return WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers) if skip_bad_images else source
+    if not skip_bad_images or isinstance(source, WithoutBadImages):
+        return source
+    return WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers)
 
 
 def test_fingerprint(source: Source, images: LabelledImages) -> str:

@@ -52,7 +52,7 @@ def warn_of_prompts(prompts: Sequence[str], recipe: ResolvedRecipe, model: Laten
             f"{cut[0][:60]!r}…; give a shorter name in `class_names`."
         )
         warnings.warn(sentence, InputWarning, stacklevel=2)
-    known = embedded_prompts(recipe.diffusion)
+    known = [] if recipe.lora else embedded_prompts(recipe.diffusion)
     if known and (unknown := [prompt for prompt in prompts if prompt not in known]):
         sentence = (
             f"`diffusion` is {recipe.diffusion!r}, which was trained on {', '.join(known)} alone and knows nothing of "

@@ -363,10 +363,11 @@ def check_above_chance(teacher: Teacher, source: Source) -> str:
     counts, rights = counts[counts > 0], labels[named == labels].bincount(minlength=len(counts))[counts > 0]
     accuracy, chance = (rights / counts).mean().item(), 1 / len(counts)
     deviation = math.sqrt(chance * (1 - chance) * (1 / counts).sum().item()) / len(counts)
-    if accuracy < min(chance + 3 * deviation, (1 + chance) / 2):
+    least = min(chance + 3 * deviation, (1 + chance) / 2)
+    if accuracy < least:
         raise InputError(
-            f"`teacher` names {accuracy:.0%} of {len(chosen)} real test images of {source.name} rightly, no more than "
-            f"chance ({chance:.0%}) can reach with so few; it has learnt too little, or the order of its classes or "
-            "its normalisation is not what it was trained with."
+            f"`teacher` names {accuracy:.0%} of {len(chosen)} real test images of {source.name} rightly, by class; "
+            f"from {least:.0%} on it is told from chance ({chance:.0%}). It has learnt too little, or the order of its "
+            "classes or its normalisation is not what it was trained with."
         )
     return f"names {accuracy:.0%} of {len(chosen)} real test images of {source.name} rightly (chance: {chance:.0%})"

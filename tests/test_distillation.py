@@ -321,7 +321,7 @@ def test_a_teacher_at_chance_chooses_nothing(squares, tmp_path, monkeypatch):
     seen = {"classes": squares.classes, "mean": [0.5] * 3, "std": [0.5] * 3}
     metadata = {"student": json.dumps(student), "data": json.dumps(seen)}
     save_file(weights, tmp_path / "guessing.safetensors", metadata)
-    with pytest.raises(InputError, match="no more than chance"):
+    with pytest.raises(InputError, match="it is told from chance"):
         distill(squares, Recipe(ipc=4, oversample=2, teacher=str(tmp_path / "guessing.safetensors")))
 
 

@@ -561,6 +561,7 @@ def test_what_five_test_images_decide_is_chance(images, verdict):
     assert row["verdict"] == verdict
     (sentence,) = sentences([{**row, "arm": "distilled"}, row], images)
     assert f"2 seeds, {images} test images" in sentence
+    assert ("cannot be told apart by fewer than 6 test images" in sentence) == (verdict == "not separable")
 
 
 def test_the_unfavourable_verdict_comes_first():

@@ -70,14 +70,16 @@ def other_of(process):
     """Wait for the second process of a command, and return its id."""
     for _ in range(600):
         for line in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            if b"d4m_plugin" in Path(f"/proc/{line}/cmdline").read_bytes():
+            if b"\0-P\0-m\0d4m_plugin" in Path(f"/proc/{line}/cmdline").read_bytes():
                 return int(line)
         time.sleep(0.1)
     raise AssertionError("no other process")
 
 
 def test_two_processes_make_the_set_of_one_and_the_death_of_one_does_not_stop_the_other(start, squares, tmp_path):
-    process = start("--devices", "2", "--num_inference_steps", "60", "--ipc", "100")
+    process = start(
+        "--devices", "2", "--num_inference_steps", "200", "--ipc", "100"
+    )  # work left for one that starts late
     other = other_of(process)
     wait_until_it_holds_a_unit(other)
     os.kill(other, signal.SIGKILL)
@@ -85,7 +87,7 @@ def test_two_processes_make_the_set_of_one_and_the_death_of_one_does_not_stop_th
     assert process.returncode == 0, said
     assert printed.count("distilled set") == 1
     assert "warning: process 1 ended with status -9, and the others did its part" in said
-    assert contents(tmp_path / "set") == of_one_process(squares, tmp_path / "one", 60, 100)
+    assert contents(tmp_path / "set") == of_one_process(squares, tmp_path / "one", 200, 100)
 
 
 @pytest.mark.parametrize("started_by", ["torchrun", "SLURM"])

@@ -90,7 +90,7 @@ class ByColour(nn.Module):
 
 
 def test_naming_the_largest_class_is_chance():
-    with pytest.raises(InputError, match=r"no more than chance \(50%\)"):
+    with pytest.raises(InputError, match=r"it is told from chance \(50%\)"):
         check_above_chance(Teacher(Always(), Squares().classes, 16, (0, 0, 0), (1, 1, 1)), Unbalanced())
 
 

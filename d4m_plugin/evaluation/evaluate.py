@@ -120,8 +120,8 @@ def evaluate(
         return {}
     results = results_of(arms_of_set, protocol, runs, features, network, folder)
     _record(judged, results)
-    verdicts = {f"verdict {n + 1}": sentence for n, sentence in enumerate(results["verdicts"])}
-    return verdicts | {"report": folder / "report.html"}
+    names = [*("caution" for _ in _cautions(judged)), *(f"verdict {n + 1}" for n in range(len(results["verdicts"])))]
+    return dict(zip(names, results["verdicts"], strict=False)) | {"report": folder / "report.html"}
 
 
 def results_of(

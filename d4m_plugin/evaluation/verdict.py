@@ -13,6 +13,7 @@ from d4m_plugin.evaluation.runs import Labels
 Verdict = Literal["better", "worse", "not separable", "diverged"]
 CONFIDENCE = 0.95
 LEAST_IMAGES = 6  # fewer test images that all fall one way are not told from chance by a sign test: 2 / 2**6 < 0.05
+ROUNDING = 0.5  # of an image, since an accuracy's mean over seeds is of no whole number of them
 
 AGAINST: dict[Arm, str] = {"random": "as many random real images", "equal_bytes": "random real images in as many bytes"}
 LABELS: dict[Labels, str] = {"teacher": "the teacher's labels", "hard": "hard labels"}
@@ -34,7 +35,7 @@ def interval(values: Sequence[float], resolution: float = 0.0) -> float | None:
 
 def verdict_of(difference: float, half_width: float, test_images: int) -> Verdict:
     """Return what a difference and its interval say: nothing, where the interval holds zero or few images decide."""
-    least = max(half_width, (LEAST_IMAGES - 0.5) / test_images)
+    least = max(half_width, (LEAST_IMAGES - ROUNDING) / test_images)
     if math.isclose(abs(difference), least) or abs(difference) < least:
         return "not separable"
     return "better" if difference > 0 else "worse"
@@ -114,6 +115,8 @@ def _sentence(row: dict[str, Any], ours: dict[str, Any], test_images: int) -> st
         "worse": f"is worse than {others}",
         "not separable": f"and {others} cannot be told apart",
     }[row["verdict"]]
+    if row["verdict"] == "not separable" and abs(row["difference"]) > row["interval"]:
+        what += f" by fewer than {LEAST_IMAGES} test images"
     points = points_of(row["difference"], row["interval"])
     return f"The distilled set {what}: {points}, {row['seeds']} seeds, {test_images:,} test images ({under})."
 
