@@ -98,7 +98,7 @@ class OneSentenceErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the option and what is wrong with it, and exit with status 2."""
         if not self.exit_on_error:  # the parser of a nested class: the outer one adds the rest of the option's name
-            super().error(message, ex)  # type: ignore[misc]  # jsonargparse's, which this is mixed into
+            super().error(message, ex)  # type: ignore[misc]  # jsonargparse's parser: mypy sees no mixin's base
         fail(str(_input_error(ex) or one_sentence(message)))
 
 

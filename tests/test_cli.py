@@ -289,16 +289,8 @@ def test_before_the_long_run_too_a_bad_image_can_be_skipped(run, command):
             Path(f"photos/{name}").mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (90 * number, 0, 0)).save(f"photos/{name}/{number}.png")
     Path("photos/train/0/bad.jpg").write_text("no image")
-    words = [
-        "--source",
-        "ImageFolder",
-        "--source.root",
-        "photos",
-        "--diffusion",
-        "digits",
-        "--num_inference_steps",
-        "2",
-    ]
+    source = ["--source", "ImageFolder", "--source.root", "photos"]
+    words = [*source, "--diffusion", "digits", "--num_inference_steps", "2"]
     assert "bad.jpg' cannot be read as an image" in run(*command, *words)[2]
     status, _, err = run(*command, *words, "--skip_bad_images", "true")
     assert status == 0, err

@@ -77,9 +77,8 @@ def other_of(process):
 
 
 def test_two_processes_make_the_set_of_one_and_the_death_of_one_does_not_stop_the_other(start, squares, tmp_path):
-    process = start(
-        "--devices", "2", "--num_inference_steps", "200", "--ipc", "100"
-    )  # work left for one that starts late
+    # Enough steps that there is work left for one that starts late.
+    process = start("--devices", "2", "--num_inference_steps", "200", "--ipc", "100")
     other = other_of(process)
     wait_until_it_holds_a_unit(other)
     os.kill(other, signal.SIGKILL)

@@ -120,8 +120,10 @@ def evaluate(
         return {}
     results = results_of(arms_of_set, protocol, runs, features, network, folder)
     _record(judged, results)
-    names = [*("caution" for _ in _cautions(judged)), *(f"verdict {n + 1}" for n in range(len(results["verdicts"])))]
-    return dict(zip(names, results["verdicts"], strict=False)) | {"report": folder / "report.html"}
+    cautions = _cautions(judged)
+    told = [sentence for sentence in results["verdicts"] if sentence not in cautions]
+    verdicts = {f"verdict {n + 1}": sentence for n, sentence in enumerate(told)}
+    return dict(zip(["caution"], cautions, strict=False)) | verdicts | {"report": folder / "report.html"}
 
 
 def results_of(
