@@ -262,7 +262,8 @@ def _results(config: str, results: dict[str, Any]) -> str:
         f"| {' | '.join([*(_plain(row[part]) for part in ('student', 'labels', 'arm')), amount(row), accuracy(row)])} |"
         for row in results["table"]
     ]
-    verdicts = "\n".join(f"- {_plain(sentence)}" for sentence in results["verdicts"])
+    caution = [f"Caution: {results['caution']}"] if results["caution"] else []
+    verdicts = "\n".join(f"- {_plain(sentence)}" for sentence in [*caution, *results["verdicts"]])
     protocol = results["protocol"] | {"teacher": _plain(results["protocol"]["teacher"])}
     return RESULTS.format_map(protocol | {"config": config, "verdicts": verdicts, "rows": "\n".join(rows)})
 

@@ -5,7 +5,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,12 +95,25 @@ class OneSentenceErrors:
     """Mix into a jsonargparse parser: what it cannot parse is said in one line, without usage."""
 
     exit_on_error: bool
+    _option_string_actions: dict[str, Any]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the option and what is wrong with it, and exit with status 2."""
+        message += _what_is_meant(message, self._option_string_actions)
         if not self.exit_on_error:  # the parser of a nested class: the outer one adds the rest of the option's name
             super().error(message, ex)  # type: ignore[misc]  # jsonargparse's parser: mypy sees no mixin's base
         fail(str(_input_error(ex) or one_sentence(message)))
+
+
+def _what_is_meant(message: str, options: Iterable[str]) -> str:
+    """Return what a message of an unknown option lacks: the option of that name elsewhere, or the one most like it."""
+    unknown = re.search(r"(?:unrecognized arguments: --|Option ')([^\s=']+)", message)
+    if not unknown or message.endswith("meant?)"):
+        return ""
+    names = [option.removeprefix("--") for option in options]
+    name = unknown[1].rpartition(".")[2]
+    meant = [each for each in names if each.rpartition(".")[2] == name] or get_close_matches(unknown[1], names)
+    return f" (is {meant[0]} meant?)" if meant else ""
 
 
 # What jsonargparse says beside the fact, on lines of their own.

@@ -73,6 +73,7 @@ class ResultsProtocol(TypedDict):
 class ResultsRecord(TypedDict):
     """What `d4m evaluate` found."""
 
+    caution: str  # what to know before the verdicts; mostly nothing
     verdicts: dict[str, str | None]
     table: list[ResultRow]
     protocol: ResultsProtocol

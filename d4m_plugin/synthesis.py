@@ -56,8 +56,8 @@ def warn_of_prompts(prompts: Sequence[str], recipe: ResolvedRecipe, model: Laten
     if known and (unknown := [prompt for prompt in prompts if prompt not in known]):
         sentence = (
             f"`diffusion` is {recipe.diffusion!r}, which was trained on {', '.join(known)} alone and knows nothing of "
-            f"{len(unknown)} of {len(prompts)} prompts, such as {unknown[0][:60]!r}; name a model that knows them, or "
-            "train one with `d4m pretrain`."
+            f"{len(unknown)} of {len(prompts)} prompts, such as {unknown[0][:60]!r}; let `prompt` and `class_names` "
+            "give these alone, or name a model that knows more: `d4m pretrain` trains one."
         )
         warnings.warn(sentence, InputWarning, stacklevel=2)
 

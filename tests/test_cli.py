@@ -113,7 +113,11 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
         (["--data.source", "ImageFolder"], "`data.source.root` is missing; name it too."),
         (["--data", "Nonsense"], "`data` is 'Nonsense'"),
         (["--data.ipc", "ten"], "`data.ipc`: Expected a <class 'int'>. Got value: ten"),
-        (["--data.nonsense", "1"], "Option 'nonsense' is not accepted"),
+        (["--data.nonsense", "1"], "Option 'nonsense' is not accepted\n"),
+        (["--data.ipcs", "1"], "`data`: Option 'ipcs' is not accepted (is ipc meant?)\n"),
+        (["--data.recipe.ipc", "1"], "unrecognized arguments: --recipe.ipc=1 (is ipc meant?)\n"),
+        (["--data.source", "ImageFolder", "--data.source.rot", "x"], "(is root meant?)\n"),
+        (["--trainer.max_stepts", "1"], "(is trainer.max_steps meant?)\n"),
         (["--data.train_on", "distiled"], "`data.train_on`"),
         (["--trainer.devices", "0"], "0"),
         (["--trainer.max_steps", "x"], "`trainer.max_steps`: Expected a <class 'int'>. Got value: x"),
@@ -124,7 +128,7 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
 def test_bad_input_is_one_sentence_before_any_work(run, words, says):
     status, _out, err = run("fit", "--data", "D4MDataModule", *words)
     assert status == 2
-    message = [line for line in err.splitlines() if line.startswith("error: ")]
+    message = [line for line in err.splitlines(keepends=True) if line.startswith("error: ")]
     assert len(message) == 1, err
     assert says in message[0]
     assert "Traceback" not in err
@@ -246,7 +250,7 @@ def test_stored_labels_are_written_read_by_anyone_and_learnt_from(run, tmp_path,
     words = ["--data.set_folder", tmp_path / "set", "--matching.teacher", "stored"]
     status, out, err = run("fit", *words, *SHORT[2:])
     assert status == 0, err
-    assert "names 99%" not in caplog.text  # no teacher was loaded
+    assert "names 99%" not in err + caplog.text  # no teacher was loaded
 
     status, _, err = run("relabel", tmp_path)
     assert status == 2
@@ -257,8 +261,8 @@ def test_several_teachers_can_be_named(run, caplog):
     words = ["--matching.teacher", "[auto, digits]", "--matching.loss", "mse", "--matching.hard_label_weight", "0.1"]
     status, _, err = run("fit", "--data.train_on", "random", *words, *SHORT[2:])
     assert status == 0, err
-    assert "Teacher auto: names 99%" in caplog.text
-    assert "Teacher digits: names 99%" in caplog.text
+    for teacher in ("auto", "digits"):
+        assert f"Teacher {teacher}: names 99%" in err + caplog.text  # Lightning 2.6.0 tells the one, 2.6.6 the other
 
 
 def test_a_dry_run_counts_and_makes_nothing(run, tmp_path):

@@ -443,7 +443,7 @@ def test_a_set_of_other_training_images_is_warned_of_wherever_the_verdict_is(arm
     with pytest.warns(InputWarning, match="some of these test images may be in it"):
         judged = ours(arms.judged.dataset, Squares(per_class=7))
     results = results_of(Arms(judged, arms.source), protocol(seeds=1), runs_of([0.5], [0.4]), "teacher", None, tmp_path)
-    assert "some of these test images may be in it" in next(iter(results["verdicts"]))
+    assert "some of these test images may be in it" in results["caution"]
     assert "some of these test images may be in it" in (tmp_path / "report.html").read_text()
 
 
@@ -771,6 +771,8 @@ def test_the_p_value_is_that_of_the_independent_t_test():
     assert row["p_against_first"] == pytest.approx(stats.ttest_ind(other, first).pvalue)
     assert row["interval"] == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(other))
     assert setting_row(first, first, first)["p_against_first"] is None
+    assert setting_row([0.25] * 3, first, first)["p_against_first"] < 1
+    assert setting_row([0.25] * 3, [0.5] * 3, first)["p_against_first"] is None  # and no warning
 
 
 def test_a_sweep_of_nothing_or_of_what_is_given_twice_is_refused(squares):

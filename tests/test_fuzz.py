@@ -94,6 +94,7 @@ def made(source, tmp_path_factory):
     recipe = Recipe(ipc=2, num_inference_steps=2)
     made = distill(source, recipe, output=folder / "set", cache_dir=folder / "cache")
     results = {
+        "caution": "Some may be in it.",
         "verdicts": {"It is better.": "better"},
         "table": [
             {

@@ -80,6 +80,7 @@ def results_of(classes, seeds=2, students=("convnet",)):
         "device": "cpu",
         "runs": runs,
         "table": table,
+        "caution": "",
         "verdicts": sentences(table, 1000),
         "ranking": dd_ranking(table, "convnet"),
         "pictures": {"network": "toys", "frechet_distance": None, "coverage": 0.25, "near_copies": 1234}

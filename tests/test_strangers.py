@@ -96,7 +96,7 @@ def edit(made, *place, to=...):
         (("checksums",), {PARQUET: None}, "checksums.* is None; it must be text"),
         (("labels",), {"teacher": "x"}, "labels has no 'tried'"),
         (("labels",), {"teacher": "x", "tried": "y"}, "column 'logits' is missing; it must be fixed_size_list"),
-        (("results",), {"table": []}, "results has no 'protocol'"),
+        (("results",), {"table": []}, "results has no 'caution'"),
         (("format",), 5, "is of format 5, not 4; use the d4m-plugin that wrote it"),
         (("format",), "2", "format is '2'; it must be a whole number"),
     ],
@@ -326,6 +326,7 @@ def test_markup_of_others_is_text_on_a_card(made):
         | {"name": hostile, "class": hostile, "license": hostile, "citation": hostile, "arguments": {hostile: hostile}},
         "model": made.metadata["model"] | {"license": hostile},
         "results": {
+            "caution": hostile,
             "verdicts": {hostile: None},
             "table": [ROW | {"student": hostile}],
             "protocol": {"seeds": 1, "steps": 1, "batch_size": 1, "teacher": hostile},

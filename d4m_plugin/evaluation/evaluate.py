@@ -25,10 +25,11 @@ from d4m_plugin.evaluation.pictures import features_of, judge, open_network, sid
 from d4m_plugin.evaluation.report import write_report
 from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings, trained
 from d4m_plugin.evaluation.sets import JudgedSet, open_set
-from d4m_plugin.evaluation.verdict import Verdict, dd_ranking, sentences, table_of
+from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
 from d4m_plugin.hub import without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.progress import is_first
+from d4m_plugin.record import ResultsRecord
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import Resize, read_image, squares_of
@@ -120,10 +121,9 @@ def evaluate(
         return {}
     results = results_of(arms_of_set, protocol, runs, features, network, folder)
     _record(judged, results)
-    cautions = _cautions(judged)
-    told = [sentence for sentence in results["verdicts"] if sentence not in cautions]
-    verdicts = {f"verdict {n + 1}": sentence for n, sentence in enumerate(told)}
-    return dict(zip(["caution"], cautions, strict=False)) | verdicts | {"report": folder / "report.html"}
+    caution = {"caution": judged.caution} if judged.caution else {}
+    verdicts = {f"verdict {n + 1}": sentence for n, sentence in enumerate(results["verdicts"])}
+    return caution | verdicts | {"report": folder / "report.html"}
 
 
 def results_of(
@@ -154,7 +154,8 @@ def results_of(
         "device": default_device().type,
         "runs": runs,
         "table": table,
-        "verdicts": _cautions(judged) | sentences(table, len(source.test())),
+        "caution": judged.caution,
+        "verdicts": sentences(table, len(source.test())),
         "ranking": dd_ranking(table, protocol.students[0]),
         "pictures": {},
     }
@@ -178,11 +179,6 @@ def results_of(
         seen = (figures.made_features, labels, figures.real_features, real_labels)
     write_report(results, folder, pictures, seen)
     return results
-
-
-def _cautions(judged: JudgedSet) -> dict[str, Verdict | None]:
-    """Return what to know before the verdicts, among which it is shown wherever they are."""
-    return {f"Caution: {judged.caution}": None} if judged.caution else {}
 
 
 def network_of(
@@ -235,7 +231,7 @@ def _record(judged: JudgedSet, results: dict[str, Any]) -> None:
     dataset = judged.dataset
     if dataset is None or dataset.revision is not None:
         return
-    metadata = dataset.metadata | {"results": {name: results[name] for name in ("verdicts", "table", "protocol")}}
+    metadata = dataset.metadata | {"results": {name: results[name] for name in ResultsRecord.__annotations__}}
     try:
         with written_whole(dataset.folder / "d4m.json") as path:
             path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")

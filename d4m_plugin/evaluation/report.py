@@ -162,9 +162,11 @@ def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: d
 
 
 def _verdicts(results: dict[str, Any]) -> list[str]:
+    """Return a line for each verdict, after what to know before them."""
+    caution = {f"Caution: {results['caution']}": None} if results["caution"] else {}
     return [
         f'<p class="verdict {verdict if verdict in ("better", "worse") else ""}">{html.escape(sentence)}</p>'
-        for sentence, verdict in results["verdicts"].items()
+        for sentence, verdict in (caution | results["verdicts"]).items()
     ]
 
 

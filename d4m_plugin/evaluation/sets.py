@@ -55,6 +55,7 @@ class JudgedSet:
         resize: how real images that are not square become so.
         fingerprint: a hash of the images and labels.
         dataset: itself, where it is one of ours.
+        caution: what to know before a verdict on it; mostly nothing.
     """
 
     name: str
