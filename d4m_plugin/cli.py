@@ -82,7 +82,7 @@ def _help() -> str:
 def _call(command: str, args: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
-    from d4m_plugin.commands import FUNCTIONS, MANY, POSITIONAL, SHARED, rows_of
+    from d4m_plugin.commands import MANY, POSITIONAL, SHARED, function_of, rows_of
     from d4m_plugin.processes import on_all_devices
 
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
@@ -95,7 +95,8 @@ def _call(command: str, args: list[str]) -> None:
     parser = Parser(prog=f"d4m {command}", description=FUNCTION_COMMANDS[command])
     parser.add_argument("--config", action="config", help="a YAML file of the options")
     parser.add_argument("--log_file", type=Path | None, help="a file to which progress and warnings are added")
-    parser.add_function_arguments(FUNCTIONS[command], as_positional=command in POSITIONAL)
+    function = function_of(command)
+    parser.add_function_arguments(function, as_positional=command in POSITIONAL)
     if command in SHARED:
         parser.add_function_arguments(on_all_devices)
     options = vars(parser.instantiate(parser.parse_args(args)))
@@ -104,7 +105,7 @@ def _call(command: str, args: list[str]) -> None:
         log_to(log_file)
     devices, num_nodes = options.pop("devices", 1), options.pop("num_nodes", 1)
     with on_all_devices(1 if options.get("dry_run") else devices, num_nodes) as first:
-        told = rows_of(FUNCTIONS[command](**options))
+        told = rows_of(function(**options))
     if first:
         print(table(told))
 

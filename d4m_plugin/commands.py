@@ -1,19 +1,14 @@
 """The commands of the command line that are functions, and what they tell the user when they are done."""
 
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
-from d4m_plugin.evaluation.compare import compare
-from d4m_plugin.evaluation.evaluate import evaluate
-from d4m_plugin.evaluation.sweep import sweep
-from d4m_plugin.housekeeping import cache
-from d4m_plugin.pretraining import pretrain
 from d4m_plugin.recipe import Recipe
-from d4m_plugin.rehearsal import estimate, preview
-from d4m_plugin.relabelling import relabel
+from d4m_plugin.rehearsal import estimate
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
 
@@ -101,21 +96,27 @@ def push_command(
     }
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "preview": preview,
-    "distill": distill_command,
-    "evaluate": evaluate,
-    "compare": compare,
-    "sweep": sweep,
-    "relabel": relabel,
-    "push": push_command,
-    "pretrain": pretrain,
-    "cache": cache,
+FUNCTIONS = {
+    "preview": "rehearsal:preview",
+    "distill": "commands:distill_command",
+    "evaluate": "evaluation.evaluate:evaluate",
+    "compare": "evaluation.compare:compare",
+    "sweep": "evaluation.sweep:sweep",
+    "relabel": "relabelling:relabel",
+    "push": "commands:push_command",
+    "pretrain": "pretraining:pretrain",
+    "cache": "housekeeping:cache",
 }
 # Whose required options are given without their names.
 POSITIONAL = ("cache", "compare", "evaluate", "push", "relabel")
 MANY = {"compare": 0, "cache": 1}  # of them, those that take any number of words, after so many single ones
 SHARED = ("compare", "distill", "evaluate", "sweep")  # by the processes of all devices
+
+
+def function_of(command: str) -> Callable[..., Any]:
+    """Return the function of a command, importing what it needs and no more."""
+    function: Callable[..., Any] = pkgutil.resolve_name(f"d4m_plugin.{FUNCTIONS[command]}")
+    return function
 
 
 def rows_of(made: Any) -> dict[str, Any]:

@@ -13,16 +13,15 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.progress import is_first
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 GRACE = 2.0  # seconds that a process has to end
 
@@ -44,21 +43,21 @@ def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) 
     Warns:
         InputWarning: where another process failed.
     """
-    environment = _environment()
+    launcher = _launcher()
     there = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     count = (there or 1) if devices == "auto" else devices
     most = there or os.cpu_count() or 1
-    started_here = not environment.creates_processes_externally  # others may show each process its own device alone
+    started_here = launcher is None and "LOCAL_RANK" not in os.environ  # others may show each its own device alone
     if count < 1 or (started_here and count > most):
         raise InputError(f"`devices` is {devices}; this machine has {most}.")
     if num_nodes < 1:
         raise InputError(f"`num_nodes` is {num_nodes}; it must be at least 1.")
-    if not started_here and (devices != "auto" or num_nodes > 1):
+    if launcher and (devices != "auto" or num_nodes > 1):
         try:
-            environment.validate_settings(count, num_nodes)
+            launcher.validate_settings(count, num_nodes)
         except ValueError as error:
             raise InputError(f"`devices` is {devices} and `num_nodes` {num_nodes}: {error}") from error
-    here = environment.local_rank()
+    here = launcher.local_rank() if launcher else int(os.environ.get("LOCAL_RANK", 0))
     if there:
         torch.accelerator.set_device_index(here % there)
     elif count > 1:
@@ -80,14 +79,20 @@ def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) 
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _environment() -> ClusterEnvironment:
+def _launcher() -> "ClusterEnvironment | None":
+    """Return who has started this process, where it was torchrun or SLURM."""
+    if not any(name.startswith(("TORCHELASTIC_", "SLURM_")) for name in os.environ):
+        return None  # without Lightning, which takes seconds to import
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
     try:
         for kind in (TorchElasticEnvironment, SLURMEnvironment):
             if kind.detect():
                 return kind()
     except RuntimeError as error:  # of SLURM's variables
         raise InputError(str(error)) from error
-    return LightningEnvironment()
+    return None
 
 
 def _stop(number: int, frame: Any) -> None:

@@ -137,6 +137,16 @@ def test_bad_input_is_one_sentence_before_any_work(run, words, says):
     assert "Training" not in err
 
 
+def test_progress_and_errors_are_added_to_a_file(run, tmp_path):
+    log = tmp_path / "d4m.log"
+    words = ["distill", "--ipc", "1", "--num_inference_steps", "2", "--max_images_per_class", "5", "--log_file"]
+    assert run(*words, log)[0] == 0
+    assert "Synthesising: 10 of 10 images" in log.read_text()
+    assert run(*words, log, "--diffusion", "nonsense")[0] == 2
+    assert "error: `diffusion` is 'nonsense'" in log.read_text().splitlines()[-1]
+    assert "error: `log_file` is '/dev/null/x', which cannot be written" in run(*words, "/dev/null/x")[2]
+
+
 def test_a_set_can_be_distilled_alone_and_trained_on(run, tmp_path):
     status, out, _ = run("distill", "--ipc", "1", "--num_inference_steps", "4", "--output", tmp_path / "set")
     assert status == 0

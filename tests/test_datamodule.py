@@ -162,12 +162,21 @@ def test_a_set_of_other_classes_is_refused_at_once(squares, tmp_path):
         ({"ipc": 0}, "`ipc` is 0"),
         ({"weighting": "root", "train_on": "random"}, "`weighting` is 'root', but `train_on` is 'random'"),
         ({"weighting": "count"}, "`weighting` is 'count'; use uniform, share, root"),
+        ({"push": True}, "`push` is true; it needs `hub_id`"),
+        ({"push": True, "hub_id": "me/mine", "train_on": "real"}, "`push` is true; it needs `hub_id`, and `train_on:"),
+        ({"hub_id": "me/mine", "set_folder": "mine"}, "`hub_id` is 'me/mine' and `set_folder` 'mine'; name one set"),
+        ({"batch_keys": ("image", "image")}, "`batch_keys` is ('image', 'image'); it must be two names"),
     ],
 )
 def test_a_bad_option_is_named_at_construction(options, says):
     with pytest.raises(InputError) as error:
         D4MDataModule(Squares(), **options)
     assert says in str(error.value)
+
+
+def test_a_source_that_is_none_is_refused():
+    with pytest.raises(InputError, match="`source` is 'Digits'; it must be a Source"):
+        D4MDataModule("Digits")
 
 
 def test_a_random_subset_larger_than_a_class_is_refused(squares):

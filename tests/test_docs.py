@@ -67,7 +67,8 @@ def test_every_command_is_one_that_the_command_line_takes(page, words, run, monk
         return functools.wraps(function)(lambda **options: {"called with": options})
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(commands, "FUNCTIONS", {name: stub(each) for name, each in commands.FUNCTIONS.items()})
+    function_of = commands.function_of
+    monkeypatch.setattr(commands, "function_of", lambda command: stub(function_of(command)))
     monkeypatch.setattr(jsonargparse.ArgumentParser, "instantiate", lambda self, options: options)
     monkeypatch.setattr(D4MCLI, "instantiate_classes", lambda self: None)
     monkeypatch.setattr(D4MCLI, "_run_subcommand", lambda self, subcommand: None)

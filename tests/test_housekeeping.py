@@ -52,6 +52,14 @@ def test_damage_is_found_and_can_be_removed(finished, unfinished, squares):
     assert len(distill(squares, RECIPE)) == 12
 
 
+def test_a_damaged_record_is_listed_as_such(finished):
+    record = finished / "ipc-4" / "d4m.json"
+    record.write_text(record.read_text()[:-9])
+    assert cache("list", ())[f"sets/{finished.name}"].endswith(", damaged")
+    with pytest.raises(InputError, match=f"1 of 2 are damaged: sets/{finished.name} .d4m.json"):
+        cache("verify", ())
+
+
 def test_only_old_unfinished_work_is_pruned(finished, unfinished):
     assert cache("prune", ()) == {"removed": "nothing"}
     week = time.time() - 8 * 24 * 60 * 60

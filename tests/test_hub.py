@@ -74,6 +74,16 @@ print(json.dumps(DistilledDataset({str(folder)!r}).push_to_hub({repo!r}, **{opti
 """
 
 
+READING = """
+from d4m_plugin import DistilledDataset, InputError
+def read(root, revision=None):
+    try:
+        DistilledDataset(root, revision=revision)
+    except InputError as error:
+        return str(error)
+"""
+
+
 def files_of(hub, repo=REPO):
     return hub.repos["dataset", repo].commits[-1][1]
 
@@ -279,57 +289,50 @@ print(json.dumps(said))
     assert checksums(made.folder) == before
 
 
-@pytest.mark.parametrize(
-    ("repo", "token", "says"),
-    [
-        ("me/squares d4m", hub_server.WRITER, "is no name of the Hub's"),
-        ("you/squares", hub_server.WRITER, "to which your token may not write"),
-        ("me/squares", hub_server.READER, "to which your token may not write"),
-        ("me/squares", "", "you are not logged in: run `hf auth login`, or set HF_TOKEN"),
-        ("me/squares", "hf_old", "the Hub does not accept your token: log in anew"),
-        ("me/a-model", hub_server.WRITER, None),  # a model of that name is no hindrance
-    ],
-)
-def test_who_may_push_where(hub, client, made, repo, token, says):
+# Where to, with which token, and what the user is told; nothing where it may.
+PUSHES = [
+    ("me/squares d4m", hub_server.WRITER, "is no name of the Hub's"),
+    ("you/squares", hub_server.WRITER, "to which your token may not write"),
+    ("me/squares", hub_server.READER, "to which your token may not write"),
+    ("me/squares", "", "you are not logged in: run `hf auth login`, or set HF_TOKEN"),
+    ("me/squares", "hf_old", "the Hub does not accept your token: log in anew"),
+    ("me/a-model", hub_server.WRITER, None),  # a model of that name is no hindrance
+]
+
+
+def test_who_may_push_where(hub, client, made):
     hub.repository("model", "me/a-model")
-    said = client(
-        f"""
+    said = client(f"""
+import os
 from d4m_plugin import DistilledDataset, InputError
-try:
-    print(json.dumps([DistilledDataset({str(made.root)!r}).push_to_hub({repo!r})]))
-except InputError as error:
-    print(json.dumps(str(error)))
-""",
-        token,
-    )
-    assert (says in said) if says else re.fullmatch("[0-9a-f]{40}", said[0])
+said = []
+for repo, token, _ in {PUSHES!r}:
+    os.environ["HF_TOKEN"] = token
+    try:
+        said.append([DistilledDataset({str(made.root)!r}).push_to_hub(repo)])
+    except InputError as error:
+        said.append(str(error))
+print(json.dumps(said))
+""")
+    for sentence, (repo, token, says) in zip(said, PUSHES, strict=True):
+        assert (says in sentence) if says else re.fullmatch("[0-9a-f]{40}", sentence[0]), (repo, token)
+        assert not token or token not in sentence
 
 
-@pytest.mark.parametrize(
-    ("root", "revision", "says"),
-    [
-        ("me/missing", None, "Hub has no such dataset, or hides it"),
-        ("me/a-model", None, r"Hub has no such dataset \(it is a model\)"),
-        ("me/gated", None, "which is gated: ask for access on its page"),
-        ("me/squares-d4m", "v9", "has no such `revision`"),
-        ("me/squares-d4m", None, "is not a distilled set"),
-    ],
-)
-def test_what_cannot_be_read_is_told(hub, client, root, revision, says):
+def test_what_cannot_be_read_is_told(hub, client):
     hub.repository("model", "me/a-model")
     hub.dataset("me/gated", gated=True)
     hub.dataset(REPO)
-    said = client(
-        f"""
-from d4m_plugin import DistilledDataset, InputError
-try:
-    DistilledDataset({root!r}, revision={revision!r})
-except InputError as error:
-    print(json.dumps(str(error)))
-""",
-        hub_server.READER,
-    )
-    assert re.search(says, said)
+    cases = {
+        ("me/missing", None): "Hub has no such dataset, or hides it",
+        ("me/a-model", None): "Hub has no such dataset (it is a model)",
+        ("me/gated", None): "which is gated: ask for access on its page",
+        (REPO, "v9"): "has no such `revision`",
+        (REPO, None): "is not a distilled set",
+    }
+    said = client(READING + f"print(json.dumps([read(*case) for case in {list(cases)}]))", hub_server.READER)
+    for sentence, (case, says) in zip(said, cases.items(), strict=True):
+        assert says in sentence, case
 
 
 OPENING = """
@@ -514,18 +517,14 @@ def test_a_large_set_is_written_in_shards(tmp_path, squares):
     assert all(isinstance(image, Image.Image) for image in read["image"])
 
 
-@pytest.mark.parametrize("name", ["../../x/d4m.json", "a; rm -rf x/d4m.json", "*/d4m.json", "x/../../d4m.json"])
-def test_the_names_of_files_on_the_hub_do_not_leave_the_cache(hub, client, made, tmp_path, name):
+def test_the_names_of_files_on_the_hub_do_not_leave_the_cache(hub, client, made, tmp_path):
     record = (made.folder / "d4m.json").read_bytes()
-    hub.dataset("you/theirs", {name: record, "README.md": b"---\n- no card\n---\n"})
+    names = ["../../x/d4m.json", "a; rm -rf x/d4m.json", "*/d4m.json", "x/../../d4m.json"]
+    for number, name in enumerate(names):
+        hub.dataset(f"you/theirs-{number}", {name: record, "README.md": b"---\n- no card\n---\n"})
     before = {path for path in tmp_path.rglob("*") if "hf" not in path.parts}
-    said = client("""
-from d4m_plugin import DistilledDataset, InputError
-try:
-    DistilledDataset("you/theirs")
-except InputError as error:
-    print(json.dumps(str(error)))
-""")
-    assert "\n" not in said
-    assert re.search("the Hub refuses|rename it by|is not a distilled set|no such", said), said
+    said = client(READING + f"print(json.dumps([read(f'you/theirs-{{number}}') for number in range({len(names)})]))")
+    for name, sentence in zip(names, said, strict=True):
+        assert "\n" not in sentence, name
+        assert re.search("the Hub refuses|rename it by|is not a distilled set|no such", sentence), (name, sentence)
     assert {path for path in tmp_path.rglob("*") if "hf" not in path.parts} <= before | {tmp_path / "client.py"}

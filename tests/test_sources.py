@@ -1,4 +1,10 @@
+import hashlib
 import pickle
+import shutil
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -8,6 +14,7 @@ from PIL import Image
 
 from d4m_plugin import CIFAR10, CIFAR100, Digits, HuggingFace, ImageFolder, ImageNet, InputError, TinyImageNet
 from d4m_plugin.errors import InputWarning
+from d4m_plugin.sources import folders
 from d4m_plugin.sources.names import imagenet_ids, readable, wordnet
 
 
@@ -199,9 +206,8 @@ def test_imagenet_needs_its_thousand_folders(tmp_path):
         ImageNet(make_folder(tmp_path, train=["n01", "n02"], val=["n01", "n02"]))
 
 
-def test_tiny_imagenet_is_read_as_it_is_distributed(tmp_path):
+def make_tiny_imagenet(root):
     ids = ["n02124075", "n01443537"]  # not in the order of wnids.txt: labels are sorted
-    root = tmp_path / "tiny-imagenet-200"
     for level, each in enumerate(ids):
         (root / "train" / each / "images").mkdir(parents=True)
         Image.new("L", (64, 64), level).save(root / "train" / each / "images" / f"{each}_0.JPEG")
@@ -210,6 +216,11 @@ def test_tiny_imagenet_is_read_as_it_is_distributed(tmp_path):
     (root / "val" / "images").mkdir(parents=True)
     Image.new("L", (64, 64), 9).save(root / "val" / "images" / "val_0.JPEG")
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02124075\t0\t0\t1\t1\n")
+    return root
+
+
+def test_tiny_imagenet_is_read_as_it_is_distributed(tmp_path):
+    root = make_tiny_imagenet(tmp_path / "tiny-imagenet-200")
     source = TinyImageNet(tmp_path)
     assert list(source.classes) == ["goldfish", "Egyptian cat"]
     assert source.train()[1][0].getpixel((0, 0)) == (0, 0, 0)
@@ -217,6 +228,51 @@ def test_tiny_imagenet_is_read_as_it_is_distributed(tmp_path):
     assert (image.getpixel((0, 0)), label, source.image_size) == ((9, 9, 9), 1, 64)
     with pytest.raises(InputError, match="where Tiny-ImageNet is not; name its folder or set `download`"):
         TinyImageNet(root / "train")
+
+
+@pytest.fixture
+def address(tmp_path):
+    """The address of a server of the files of the test's folder."""
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_tiny_imagenet_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch, address):
+    make_tiny_imagenet(tmp_path / "there" / "tiny-imagenet-200")
+    archive = Path(shutil.make_archive(str(tmp_path / "tiny-imagenet-200"), "zip", tmp_path / "there"))
+    monkeypatch.setattr(folders, "TINY_IMAGENET", f"{address}/{archive.name}")
+    with pytest.raises(InputError, match=f"`download` is true, but {address}/{archive.name} cannot be fetched"):
+        TinyImageNet(tmp_path / "data", download=True)  # its bytes are not the published ones
+    assert not (tmp_path / "data" / "tiny-imagenet-200").exists()
+    monkeypatch.setattr(folders, "TINY_IMAGENET_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert list(TinyImageNet(tmp_path / "data", download=True).classes) == ["goldfish", "Egyptian cat"]
+    archive.unlink()
+    assert len(TinyImageNet(tmp_path / "data", download=True).train()) == 2  # it is there
+
+
+def test_cifar_is_downloaded_and_a_failure_told(tmp_path, monkeypatch, address):
+    kind, batches = torchvision.datasets.CIFAR10, tmp_path / "there" / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    rows = pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 0]})
+    names = pickle.dumps({"label_names": ["airplane", "automobile"]})
+    files = {"data_batch_1": rows, "test_batch": rows, "batches.meta": names}
+    for name, content in files.items():
+        (batches / name).write_bytes(content)
+    archive = Path(shutil.make_archive(str(tmp_path / "cifar"), "gztar", tmp_path / "there"))
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(kind, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"filename": "batches.meta", "md5": sums["batches.meta"]})
+    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(kind, "url", f"{address}/nothing.tar.gz")
+    with pytest.raises(InputError, match=f"`download` is true, but {address}/nothing.tar.gz cannot be fetched"):
+        CIFAR10(tmp_path / "data", download=True).train()
+    monkeypatch.setattr(kind, "url", f"{address}/{archive.name}")
+    source = CIFAR10(tmp_path / "data", download=True)
+    assert (list(source.classes), source.train().targets) == (["airplane", "automobile"], [1, 0])
 
 
 @pytest.mark.parametrize(("source", "name"), [(CIFAR10, "CIFAR10"), (CIFAR100, "CIFAR100")])
