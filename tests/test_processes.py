@@ -77,16 +77,17 @@ def other_of(process):
 
 
 def test_two_processes_make_the_set_of_one_and_the_death_of_one_does_not_stop_the_other(start, squares, tmp_path):
-    # Enough steps that there is work left for one that starts late.
-    process = start("--devices", "2", "--num_inference_steps", "200", "--ipc", "100")
+    process = start("--devices", "2", "--num_inference_steps", "100", "--ipc", "8")
     other = other_of(process)
+    process.send_signal(signal.SIGSTOP)  # else it might be done before the other, which starts later, has begun
     wait_until_it_holds_a_unit(other)
     os.kill(other, signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     printed, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert printed.count("distilled set") == 1
     assert "warning: process 1 ended with status -9, and the others did its part" in said
-    assert contents(tmp_path / "set") == of_one_process(squares, tmp_path / "one", 200, 100)
+    assert contents(tmp_path / "set") == of_one_process(squares, tmp_path / "one", 100, 8)
 
 
 @pytest.mark.parametrize("started_by", ["torchrun", "SLURM"])
