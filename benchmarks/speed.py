@@ -204,9 +204,20 @@ def whole(setting: Setting) -> tuple[Turn, Turn]:
 
 
 def start(setting: Setting) -> tuple[Turn, Turn]:
-    """`lightning fit` on a finished set to its first step and end, beside `import torch, lightning`."""
-    made = distill(Digits(), Recipe(ipc=IPC), output=setting.folder / "digits")
+    """`lightning fit` on a finished set of files to its first step and end, beside `import torch, lightning`.
+
+    The files are the digits, so that the embedded teacher knows them; `Digits` itself would import scikit-learn.
+    """
+    root, digits = setting.folder / "files", Digits()
+    for split, images in (("train", digits.train()), ("test", digits.test())):
+        for number in range(len(images)):
+            image, label = images[number]
+            place = root / split / digits.classes[label]
+            place.mkdir(parents=True, exist_ok=True)
+            image.save(place / f"{number}.png")
+    made = distill(ImageFolder(root), Recipe(ipc=IPC, diffusion="digits"), output=setting.folder / "set")
     fit = ["-m", "d4m_plugin", "fit", "--data.set_folder", str(made.root), "--trainer.max_steps", "1"]
+    fit += ["--data.source", "ImageFolder", "--data.source.root", str(root), "--matching.teacher", "digits"]
     fit += ["--trainer.limit_val_batches", "0", "--trainer.limit_test_batches", "0", "--trainer.logger", "false"]
     return partial(python, *fit), partial(python, "-c", "import torch, lightning")
 
