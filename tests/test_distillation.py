@@ -569,13 +569,41 @@ def test_kept_latents_are_of_one_model_and_one_way_to_read_the_images(
     assert kept(**changes) == 2
 
 
-def test_an_error_of_clustering_is_not_lost_beside_the_encoding(squares, monkeypatch):
-    def broken(*_):
-        raise ArithmeticError("no centre")
+def test_latents_of_a_class_are_encoded_once_and_lie_there_until_it_is_clustered(squares, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "cluster", None)
+        with pytest.raises(TypeError):
+            distill(squares, RECIPE, output=tmp_path / "set")
+    begun = {path.name for path in (tmp_path / "set.partial").glob("*/latents-*")}
+    assert begun
+    encoded, left = [], []
+    encode, synthesise = LatentDiffusion.encode, distillation.synthesise
 
-    monkeypatch.setattr(distillation, "cluster", broken)
+    def watched(*options):
+        left.extend((tmp_path / "set.partial").glob("*/latents-*"))
+        return synthesise(*options)
+
+    monkeypatch.setattr(LatentDiffusion, "encode", lambda self, few: encoded.append(len(few)) or encode(self, few))
+    monkeypatch.setattr(distillation, "synthesise", watched)
+    distill(squares, RECIPE, output=tmp_path / "set")
+    assert sum(encoded) == 6 * (3 - len(begun))
+    assert left == []
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_an_error_of_clustering_is_not_lost_beside_the_encoding(squares, monkeypatch, broken):
+    seeds, cluster = [], distillation.cluster
+
+    def breaks(latents, prototypes, seed):
+        seeds.append(seed)
+        if len(seeds) == broken + 1:
+            raise ArithmeticError("no centre")
+        return cluster(latents, prototypes, seed)
+
+    monkeypatch.setattr(distillation, "cluster", breaks)
     with pytest.raises(ArithmeticError, match="no centre"):
         distill(squares, RECIPE)
+    assert len(seeds) == broken + 1
 
 
 def test_an_empty_folder_can_be_the_output(squares, tmp_path):
