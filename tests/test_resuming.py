@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import d4m_plugin.distillation as distillation
 import d4m_plugin.units as units
 from d4m_plugin import distill
-from d4m_plugin.errors import InputWarning
+from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.progress import Progress
 from d4m_plugin.units import DamagedError, Units, in_turn, load_tensors, save_tensors
 from tests import kills
@@ -101,6 +101,23 @@ def test_damaged_units_are_told_and_made_again(damage, squares, tmp_path, stoppe
         "block-000002.safetensors",
     ]
     assert made == [(0, 0), (2, 0)]
+    assert kills.contents(again.root) == whole
+
+
+def test_a_unit_damaged_since_it_was_checked_is_told_and_made_again(squares, tmp_path, small_blocks, monkeypatch):
+    whole = kills.contents(distill(squares, kills.RECIPE, output=tmp_path / "whole").root)
+    write_set = distillation.write_set
+
+    def damaged(*rest):
+        truncated(rest[-1][1])
+        write_set(*rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "write_set", damaged)
+        with pytest.raises(InputError, match=r"block-000001.* is damaged .* Start again: it is made anew\."):
+            distill(squares, kills.RECIPE, output=tmp_path / "set")
+    with pytest.warns(InputWarning, match=r"block-000001.* is damaged .* It is made again\."):
+        again = distill(squares, kills.RECIPE, output=tmp_path / "set")
     assert kills.contents(again.root) == whole
 
 
