@@ -219,6 +219,7 @@ def start(setting: Setting) -> tuple[Turn, Turn]:
     fit = ["-m", "d4m_plugin", "fit", "--data.set_folder", str(made.root), "--trainer.max_steps", "1"]
     fit += ["--data.source", "ImageFolder", "--data.source.root", str(root), "--matching.teacher", "digits"]
     fit += ["--trainer.limit_val_batches", "0", "--trainer.limit_test_batches", "0", "--trainer.logger", "false"]
+    fit += ["--trainer.default_root_dir", str(setting.folder)]  # where its checkpoint goes
     return partial(python, *fit), partial(python, "-c", "import torch, lightning")
 
 

@@ -262,10 +262,15 @@ def _results(config: str, results: dict[str, Any]) -> str:
         f"| {' | '.join([*(_plain(row[part]) for part in ('student', 'labels', 'arm')), amount(row), accuracy(row)])} |"
         for row in results["table"]
     ]
-    caution = [f"Caution: {results['caution']}"] if results["caution"] else []
-    verdicts = "\n".join(f"- {_plain(sentence)}" for sentence in [*caution, *results["verdicts"]])
+    verdicts = "\n".join(f"- {_plain(sentence)}" for sentence in with_caution(results))
     protocol = results["protocol"] | {"teacher": _plain(results["protocol"]["teacher"])}
     return RESULTS.format_map(protocol | {"config": config, "verdicts": verdicts, "rows": "\n".join(rows)})
+
+
+def with_caution(results: dict[str, Any]) -> dict[str, str | None]:
+    """Return the sentences of an evaluation and their verdicts, after what to know before them."""
+    verdicts: dict[str, str | None] = results["verdicts"]
+    return {f"Caution: {results['caution']}": None} | verdicts if results["caution"] else verdicts
 
 
 def counted(images: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from d4m_plugin.cache import written_whole
-from d4m_plugin.card import accuracy, amount, counted
+from d4m_plugin.card import accuracy, amount, counted, with_caution
 from d4m_plugin.evaluation.figures import Features, draw_all
 from d4m_plugin.evaluation.verdict import LABELS, points_of
 
@@ -162,11 +162,9 @@ def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: d
 
 
 def _verdicts(results: dict[str, Any]) -> list[str]:
-    """Return a line for each verdict, after what to know before them."""
-    caution = {f"Caution: {results['caution']}": None} if results["caution"] else {}
     return [
         f'<p class="verdict {verdict if verdict in ("better", "worse") else ""}">{html.escape(sentence)}</p>'
-        for sentence, verdict in (caution | results["verdicts"]).items()
+        for sentence, verdict in with_caution(results).items()
     ]
 
 
