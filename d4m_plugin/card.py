@@ -269,8 +269,8 @@ def _results(config: str, results: dict[str, Any]) -> str:
 
 def with_caution(results: dict[str, Any]) -> dict[str, str | None]:
     """Return the sentences of an evaluation and their verdicts, after what to know before them."""
-    verdicts: dict[str, str | None] = results["verdicts"]
-    return {f"Caution: {results['caution']}": None} | verdicts if results["caution"] else verdicts
+    caution = {f"Caution: {results['caution']}": None} if results["caution"] else {}
+    return {**caution, **results["verdicts"]}
 
 
 def counted(images: int) -> str:
