@@ -25,6 +25,8 @@ import torch
 from jsonargparse import auto_cli
 from safetensors.torch import save
 from sklearn.cluster import MiniBatchKMeans
+from sklearn.datasets import load_sample_images
+from sklearn.feature_extraction.image import extract_patches_2d
 from torch import Tensor
 
 from d4m_plugin import Digits, ImageFolder, LatentDiffusion, Recipe, distill
@@ -159,20 +161,26 @@ def encoding(setting: Setting) -> tuple[Turn, Turn]:
 
 
 def prototypes(k: int, setting: Setting) -> tuple[Turn, Turn]:
-    """Prototypes of a class, beside the authors' `partial_fit` on chunks of k latents in float64."""
-    latents = torch.randn(OF_A_CLASS, generator=generator_of(1))
-    latents += 3 * torch.randn(100, *OF_A_CLASS[1:], generator=generator_of(2))[torch.arange(len(latents)) % 100]
+    """Prototypes of a class, beside the authors' `partial_fit` on chunks of k latents in float64.
+
+    In place of latents, parts of scikit-learn's photographs, in colour and grey.
+    """
+    count, _, *edges = OF_A_CLASS
+    photographs = load_sample_images().images
+    patches = [extract_patches_2d(each, edges, max_patches=count // 2, random_state=1) for each in photographs]
+    colour = torch.from_numpy(np.concatenate(patches)).permute(0, 3, 1, 2) / 127.5 - 1
+    latents = torch.cat([colour, colour.mean(1, keepdim=True)], 1)
     points = latents.flatten(1).numpy()
 
-    def as_the_authors() -> float:
+    def as_the_authors() -> Callable[[], float]:
         means = MiniBatchKMeans(k, random_state=0)
         doubles = points.astype(np.float64)
         for start in range(0, len(points) - k + 1, k):
             means.partial_fit(doubles[start : start + k])
-        return inertia(points, means.cluster_centers_)
+        return partial(inertia, points, means.cluster_centers_)
 
-    def ours() -> float:
-        return inertia(points, cluster(latents, k, seed=0).latents.flatten(1).numpy())
+    def ours() -> Callable[[], float]:
+        return partial(inertia, points, cluster(latents, k, seed=0).latents.flatten(1).numpy())
 
     return ours, as_the_authors
 
@@ -274,7 +282,7 @@ def measured(name: str, setting: Setting, turns: int) -> dict[str, Any]:
     ours, theirs = ROWS[name](setting)
     value = (lambda turn: turn()) if name == "disk" else seconds_of
     with redirect_stderr(io.StringIO()):  # progress
-        kept = {"inertia": round(ours() / theirs(), 3)} if name.startswith("prototypes") else {}
+        kept = {"inertia": round(ours()() / theirs()(), 3)} if name.startswith("prototypes") else {}
         for turn in (ours, theirs):
             turn()
         pairs = [(value(ours), value(theirs)) for _ in range(turns)]

@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 
 from d4m_plugin.prototypes import cluster
@@ -56,6 +57,30 @@ def test_the_fit_beats_the_authors_small_chunks():
     assert max(ours) < inertia(torch.tensor(theirs.cluster_centers_))
     whole = KMeans(10, n_init=10, random_state=0).fit(points.numpy())
     assert sum(ours) / 5 < 1.03 * inertia(torch.tensor(whole.cluster_centers_))
+
+
+def test_large_latents_are_clustered_by_sketches_as_well_as_whole():
+    from sklearn.cluster import KMeans
+    from sklearn.datasets import load_sample_images
+    from sklearn.feature_extraction.image import extract_patches_2d
+
+    patches = [
+        extract_patches_2d(each, (37, 37), max_patches=150, random_state=0) for each in load_sample_images().images
+    ]
+    latents = torch.from_numpy(np.concatenate(patches)).permute(0, 3, 1, 2) / 255  # 4,107 numbers, no multiple of 256
+    points = latents.flatten(1)
+
+    def inertia(centres):
+        return torch.cdist(points, centres).min(1).values.square().sum()
+
+    ours = [cluster(latents, 10, seed).latents.flatten(1) for seed in range(3)]
+    whole = [
+        torch.tensor(KMeans(10, n_init=1, random_state=seed).fit(points.numpy()).cluster_centers_) for seed in range(3)
+    ]
+    assert sum(map(inertia, ours)) < 1.03 * sum(map(inertia, whole))
+    members = torch.cdist(points, ours[0]).argmin(1)
+    means = torch.stack([points[members == k].mean(0) for k in range(10)])
+    assert (means - ours[0]).abs().mean() < 0.01  # of latents, not of sketches, whose nearest centre may differ
 
 
 def test_seeds_of_unlike_keys_differ():
