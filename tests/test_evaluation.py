@@ -748,7 +748,9 @@ def test_a_sweep_tries_all_combinations_and_shares_what_is_alike(squares, tmp_pa
         ("1.0", "1.0"),
         ("1.0", "4.0"),
     ]
-    assert [row["p_against_first"] == "" for row in table] == [True, False, False, False]
+    assert [row["against_first"] == "" for row in table] == [True, False, False, False]
+    assert rows["strength 0.5, guidance_scale 1.0, hard labels"].endswith("points on random real images)")
+    assert "points on the first" in rows["strength 1.0, guidance_scale 4.0, hard labels"]
     for picture in ("sweep.png", "samples.png"):
         assert len(set(Image.open(tmp_path / "sweep" / picture).convert("L").tobytes())) > 10
     assert next(iter(rows)) == "strength 0.5, guidance_scale 1.0, hard labels"
@@ -765,12 +767,16 @@ def test_a_sweep_over_oversampling_lets_its_own_teacher_choose(squares, tmp_path
     assert len(made) == 1  # the set of one try
 
 
-def test_the_p_value_is_that_of_the_independent_t_test():
-    first, other = [0.5, 0.52, 0.51], [0.55, 0.57, 0.54]
-    row = setting_row(other, first, [0.4, 0.41, 0.42])
+def test_gains_are_paired_by_seed_and_the_p_value_is_that_of_the_independent_t_test():
+    first, other, of_random = [0.5, 0.52, 0.51], [0.55, 0.57, 0.54], [0.4, 0.41, 0.42]
+    row = setting_row(other, first, of_random)
+    for name, gains in (("first", [0.05, 0.05, 0.03]), ("random", [0.15, 0.16, 0.12])):
+        assert row[f"against_{name}"] == pytest.approx(sum(gains) / 3)
+        assert row[f"against_{name}_interval"] == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(gains))
     assert row["p_against_first"] == pytest.approx(stats.ttest_ind(other, first).pvalue)
     assert row["interval"] == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(other))
-    assert setting_row(first, first, first)["p_against_first"] is None
+    alone = setting_row(first, first, of_random)
+    assert alone["p_against_first"] is alone["against_first"] is alone["against_first_interval"] is None
     assert setting_row([0.25] * 3, first, first)["p_against_first"] < 1
     assert setting_row([0.25] * 3, [0.5] * 3, first)["p_against_first"] is None  # and no warning
 

@@ -21,7 +21,7 @@ from d4m_plugin.evaluation.figures import new_figure
 from d4m_plugin.evaluation.report import write_csv
 from d4m_plugin.evaluation.runs import Labels, Protocol, Training, Trainings, trained
 from d4m_plugin.evaluation.sets import ours
-from d4m_plugin.evaluation.verdict import interval
+from d4m_plugin.evaluation.verdict import interval, points_of
 from d4m_plugin.preview import grid
 from d4m_plugin.progress import is_first
 from d4m_plugin.recipe import Recipe
@@ -171,22 +171,29 @@ def sweep(
 
 
 def setting_row(found: list[float], of_first: list[float], of_random: list[float]) -> dict[str, Any]:
-    """Return mean and 95 % interval of a setting's accuracies, its gain on random real images, and its p-value.
+    """Return what a setting's accuracies, of each seed in order, say.
 
-    The p-value is that of the independent t-test against the first setting, as in the paper's supplement; there is none
-    where neither's accuracies differ among its seeds.
+    Returns:
+        The mean `accuracy` and its 95 % `interval`; the mean of `random` real images, and the gain on them and on the
+        first setting, paired by seed, with 95 % intervals; `p_against_first`, of the independent t-test as in the
+        paper's supplement, None where neither's accuracies differ among its seeds; how many `seeds`.
     """
+    first = found is of_first
     p = None
-    if len(found) > 1 and found is not of_first and any(map(statistics.stdev, (found, of_first))):
+    if len(found) > 1 and not first and any(map(statistics.stdev, (found, of_first))):
         both = [(statistics.mean(each), statistics.stdev(each), len(each)) for each in (found, of_first)]
         p = float(ttest_ind_from_stats(*both[0], *both[1]).pvalue)
-    return {
+    row: dict[str, Any] = {
         "accuracy": statistics.mean(found),
         "interval": interval(found),
         "random": statistics.mean(of_random),
-        "p_against_first": p,
-        "seeds": len(found),
     }
+    for name, others in (("random", of_random), ("first", of_first)):
+        gains = [mine - other for mine, other in zip(found, others, strict=True)]
+        none = name == "first" and first
+        row[f"against_{name}"] = None if none else statistics.mean(gains)
+        row[f"against_{name}_interval"] = None if none else interval(gains)
+    return row | {"p_against_first": p, "seeds": len(found)}
 
 
 def _named(row: dict[str, Any], varied: Sequence[str] | dict[str, Any]) -> str:
@@ -195,8 +202,11 @@ def _named(row: dict[str, Any], varied: Sequence[str] | dict[str, Any]) -> str:
 
 def _shown(row: dict[str, Any]) -> str:
     spread = "" if row["interval"] is None else f" ± {100 * row['interval']:.1f}"
-    p = "" if row["p_against_first"] is None else f", p = {row['p_against_first']:.2g} against the first"
-    return f"{100 * row['accuracy']:.1f}{spread} % (random real images {100 * row['random']:.1f}){p}"
+    on_random = points_of(row["against_random"], row["against_random_interval"])
+    shown = f"{100 * row['accuracy']:.1f}{spread} % ({on_random} on random real images"
+    if row["against_first"] is not None:
+        shown += f", {points_of(row['against_first'], row['against_first_interval'])} on the first"
+    return shown + ("" if row["p_against_first"] is None else f", p = {row['p_against_first']:.2g}") + ")"
 
 
 def _draw(rows: Sequence[dict[str, Any]], varied: Sequence[str], source: str, path: Path) -> None:
