@@ -31,6 +31,7 @@ from d4m_plugin.hub import find_repository
 from d4m_plugin.preview import to_pil
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.record import read_record
+from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import read_image
 
 CONFIG = re.compile(r"\w[\w.-]*")  # a config's name, which cards, URLs and commands hold as it is
@@ -132,6 +133,15 @@ class DistilledDataset(VisionDataset):
     def preview(self) -> Path:
         """The picture of the set."""
         return self.folder / "preview.png"
+
+    def caution_of(self, source: Source) -> str:
+        """Return what to know before accuracies on a source's test images; nothing where it is what was distilled."""
+        if self.metadata["source"]["fingerprint"] == source.fingerprint:
+            return ""
+        return (
+            f"the set was not distilled from the training images of {source.name} as they are given here (other files, "
+            "`skip_bad_images` otherwise, or other test images set apart): some of these test images may be in it."
+        )
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from d4m_plugin import D4MDataModule, ImageClassifier, ImageFolder, InputError, Recipe, distill
+from d4m_plugin.errors import InputWarning
 from tests.toys import Squares
 
 RECIPE = {"ipc": 2, "num_inference_steps": 2}
@@ -140,6 +141,8 @@ def test_a_finished_set_can_be_named(squares, tmp_path):
     made = distill(squares, Recipe(**RECIPE), output=tmp_path / "set")
     data = D4MDataModule(squares, set_folder=tmp_path / "set")
     assert torch.equal(data.distilled.images, made.images)
+    with pytest.warns(InputWarning, match="not distilled from the training images of squares .* may be in it"):
+        D4MDataModule(Squares(per_class=7), set_folder=tmp_path / "set")
 
 
 def test_a_set_of_other_classes_is_refused_at_once(squares, tmp_path):

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -27,7 +28,7 @@ from d4m_plugin.augmentation import augment
 from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.loading import Held, Transformed, hold, loader_of
 from d4m_plugin.progress import say
 from d4m_plugin.pushing import check_write_access
@@ -81,6 +82,9 @@ class D4MDataModule(L.LightningDataModule):
 
     Raises:
         InputError: where an option cannot work.
+
+    Warns:
+        InputWarning: where a named set was not distilled from the source's training images as they are given.
     """
 
     def __init__(
@@ -168,6 +172,8 @@ class D4MDataModule(L.LightningDataModule):
                 f"`set_folder` is {str(set_folder)!r}, whose classes ({its}) are not those of {self.source.name} "
                 f"({ours}); name the source that it was distilled from."
             )
+        if self._named_set and (caution := self._named_set.caution_of(self.source)):
+            warnings.warn(caution, InputWarning, stacklevel=2)
 
     def prepare_data(self) -> None:
         """Before the long work of a set that is to be pushed, ask the Hub for leave."""

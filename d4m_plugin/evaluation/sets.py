@@ -119,12 +119,8 @@ def ours(dataset: DistilledDataset, source: Source) -> JudgedSet:
     """
     if dataset.classes != list(source.classes):
         raise InputError(f"`source` is {source.name}, whose classes are not those of the distilled set.")
-    caution = ""
-    if dataset.metadata["source"]["fingerprint"] != source.fingerprint:
-        caution = (
-            f"the set was not distilled from the training images of {source.name} as they are given here (other files, "
-            "`skip_bad_images` otherwise, or other test images set apart): some of these test images may be in it."
-        )
+    caution = dataset.caution_of(source)
+    if caution:
         warnings.warn(caution, InputWarning, stacklevel=2)
     name = f"{dataset.metadata['source']['name']}-{dataset.folder.name}"
     squares = Squares(dataset.images, dataset.targets)
