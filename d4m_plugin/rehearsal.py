@@ -53,6 +53,10 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
     steps, tries = resolved.steps, resolved.oversample
     passes = 2 if resolved.guidance_scale > 1 and model.guides_by_a_second_pass else 1
 
+    def read(chosen: Tensor) -> None:
+        for index in chosen.tolist():
+            images[index]
+
     def encoded(chosen: Tensor) -> Tensor:
         probe = Chosen(images, chosen)
         probe.targets = np.zeros(len(chosen), int)  # as of one class, so that batches are as full as in a long run
@@ -61,6 +65,7 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
 
     probes = torch.arange(min(len(images), PROBES * batch_size)).split(batch_size)
     latents = encoded(probes[0])  # the first of all is slow
+    reading = min(_seconds(partial(read, probe)) / len(probe) for probe in probes)
     encoding = min(_seconds(partial(encoded, probe)) / len(probe) for probe in probes)
     at_once = min(batch_size, to_make)
     step, once = _denoising(model, latents[:1].expand(at_once, *latents.shape[1:]), source.classes[0], resolved)
@@ -68,7 +73,8 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
     prototypes = len(source.classes) * resolved.prototypes * latents[0].numel() * 4
     parts = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
     weights = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.parameters())
-    encode_all, make_all = len(images) * encoding, to_make * tries * (steps * step + once)
+    read_all, encode_all = len(images) * reading, len(images) * encoding
+    make_all = to_make * tries * (steps * step + once)
     return {
         "images to encode": f"{len(images):,}, at {resolution} pixels",
         "images to make": f"{to_make:,}, {resolved.ipc} of each of {len(source.classes):,} classes",
@@ -76,9 +82,10 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
         + (f", {tries} tries" if tries > 1 else ""),
         "on disk": f"{_bytes(pixels * PNG_SHARE + prototypes)}, of which prototypes {_bytes(prototypes)}",
         "memory": f"{_bytes(weights)} of weights{_peak(model.device)}",
+        "checking, once": f"{_duration(read_all)} ({_rate(reading)}), in one process",
         "encoding": f"{_duration(encode_all)} ({_rate(encoding)})",
         "synthesis": f"{_duration(make_all)} ({_rate(tries * (steps * step + once))})",
-        "in all": f"{_duration(encode_all + make_all)} on this {model.device.type}, and the clustering",
+        "in all": f"{_duration(read_all + encode_all + make_all)} on this {model.device.type}, and the clustering",
     }
 
 
@@ -136,6 +143,7 @@ def preview(
     images: int = 4,
     of_class: int = 200,
     batch_size: int = BLOCK,
+    num_workers: int = 0,
     cache_dir: Path | None = None,
     skip_bad_images: bool = False,
     **recipe: Any,
@@ -151,6 +159,7 @@ def preview(
         images: how many of each.
         of_class: real images of a class to cluster, drawn by the seed.
         batch_size: images that the model takes at once.
+        num_workers: processes that read real images.
         cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
         skip_bad_images: leave out images that cannot be read; all are read once to find them.
         recipe: options of the Recipe; `ipc` and `prototypes` are those of `images` here.
@@ -166,7 +175,7 @@ def preview(
             raise InputError(f"`{name}` is {value}; it must be at least 1.")
     if output.suffix != ".png":
         raise InputError(f"`output` is {str(output)!r}; it must end in .png.")
-    source = readable_source(source, skip_bad_images, cache_dir, num_workers=0)
+    source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     resolved = dataclasses.replace(Recipe(**recipe), ipc=images, prototypes=images).resolved(source)
     model, teacher = open_model(resolved), open_teacher(resolved, source, cache_dir)
     prompts = resolved.prompts(source.classes)
@@ -176,7 +185,7 @@ def preview(
     resolution = resolved.resolution or model.resolution
     prototypes = {
         label: cluster(latents, images, seed_of(resolved.seed, label))
-        for label, latents in encode(few, shown, model, resolution, resolved.resize, batch_size)
+        for label, latents in encode(few, shown, model, resolution, resolved.resize, batch_size, num_workers)
     }
     wanted = [(label, index) for label in shown for index in range(images)]
     made = synthesise(wanted, prototypes, prompts, resolved, model, teacher, Batches(batch_size))["image"].split(images)
