@@ -26,6 +26,17 @@ _shorten = reprlib.Repr()
 _shorten.maxstring, _shorten.maxlist, _shorten.maxdict, _shorten.maxlevel = 200, 4, 2, 1  # a path is whole
 
 
+def check_least(least: int, /, **options: int | None) -> None:
+    """Refuse numbers below the least that works, by the options' names; None is a default.
+
+    Raises:
+        InputError: where there is one.
+    """
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise InputError(f"`{name}` is {value}; it must be at least {least}.")
+
+
 def fault_of(value: Any, expected: Any, name: str) -> str | None:
     """Return what is wrong with a value and what would be right; None where it is as expected.
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from d4m_plugin.assembling import MODELS, write_set
 from d4m_plugin.cache import aside_of, flush, make_writable, refusal_of, resolve_cache_dir
+from d4m_plugin.checking import check_least
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
 from d4m_plugin.distilled import DistilledDataset, with_png
@@ -81,8 +82,7 @@ def distill(
         InputWarning: where a class has fewer images than prototypes, a prompt is longer than the model reads, or a file
             of an earlier run is damaged.
     """
-    if batch_size < 1:
-        raise InputError(f"`batch_size` is {batch_size}; it must be at least 1.")
+    check_least(1, batch_size=batch_size)
     cache = resolve_cache_dir(cache_dir)
     source = readable_source(source, skip_bad_images, cache, num_workers)
     resolved = (recipe or Recipe()).resolved(source)

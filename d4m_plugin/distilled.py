@@ -135,7 +135,7 @@ class DistilledDataset(VisionDataset):
         return self.folder / "preview.png"
 
     def caution_of(self, source: Source) -> str:
-        """Return what to know before accuracies on a source's test images; nothing where it is what was distilled."""
+        """Return what to know of accuracies on a source's test images; nothing where that source was distilled."""
         if self.metadata["source"]["fingerprint"] == source.fingerprint:
             return ""
         return (

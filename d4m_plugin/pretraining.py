@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 
 from d4m_plugin.cache import make_writable, written_whole
 from d4m_plugin.callbacks import RunProgress
+from d4m_plugin.checking import check_least
 from d4m_plugin.devices import autocast, compute_dtype, default_device
 from d4m_plugin.diffusion import LatentDiffusion, model_digest
 from d4m_plugin.errors import InputError
@@ -136,9 +137,7 @@ def pretrain(
         InputError: where the output folder exists, the sizes do not fit, or `start_from` is no such pipeline.
     """
     source = source or Digits()
-    for name, value in (("vae_steps", vae_steps), ("unet_steps", unet_steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"`{name}` is {value}; it must be at least 1.")
+    check_least(1, vae_steps=vae_steps, unet_steps=unet_steps, batch_size=batch_size)
     for name, rate in (("vae_lr", vae_lr), ("unet_lr", unet_lr)):
         if not rate > 0:
             raise InputError(f"`{name}` is {rate}; it must be above 0.")

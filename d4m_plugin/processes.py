@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import torch
 
+from d4m_plugin.checking import check_least
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.progress import is_first
 
@@ -50,8 +51,7 @@ def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) 
     started_here = launcher is None and "LOCAL_RANK" not in os.environ  # others may show each its own device alone
     if count < 1 or (started_here and count > most):
         raise InputError(f"`devices` is {devices}; this machine has {most}.")
-    if num_nodes < 1:
-        raise InputError(f"`num_nodes` is {num_nodes}; it must be at least 1.")
+    check_least(1, num_nodes=num_nodes)
     if launcher and (devices != "auto" or num_nodes > 1):
         try:
             launcher.validate_settings(count, num_nodes)

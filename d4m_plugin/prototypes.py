@@ -32,8 +32,8 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
     is the running mean of what it drew, also of latents that another cluster has by now; so, last, each becomes the
     mean of its own cluster.
 
-    Latents of more than 1,024 numbers (Stable Diffusion's have 16,384) are told apart by sketches of 256, under which
-    a clustering costs nearly the same (Makarychev et al., arXiv:1811.03195); the means are of the latents themselves.
+    Latents of more than 1,024 numbers (Stable Diffusion's have 16,384 at 512 pixels) are compared by sketches of 256,
+    as clusterings may be by few random sums (Makarychev et al., arXiv:1811.03195); the means are of the latents.
 
     Args:
         latents: the latents of every image of the class, float32, shape (N, C, h, w), N >= 1.
@@ -61,17 +61,19 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
 def _sketched(points: np.ndarray, random_state: np.random.RandomState) -> np.ndarray:
     """Return points, (N, D), or of large ones sketches, (N, `SKETCH_SIZE`), with nearly the same distances.
 
-    A number of a sketch is the sum of every 256th of the point's, with random signs (Charikar et al., ICALP 2002).
+    A number of a sketch is a sum of the point's, with random signs (Charikar et al., ICALP 2002): one of each 256 in
+    turn, which are shifted at random, so that no sum is of one column of a latent alone.
     """
     size = points.shape[1]
     if size <= 4 * SKETCH_SIZE:  # fast as they are
         return points
     signs = random_state.choice(np.array([-1, 1], np.float32), size)
-    sketches = np.zeros((len(points), SKETCH_SIZE), np.float32)
+    sums = np.zeros((len(points), 2 * SKETCH_SIZE), np.float32)
     for start in range(0, size, SKETCH_SIZE):
         part = points[:, start : start + SKETCH_SIZE] * signs[start : start + SKETCH_SIZE]
-        sketches[:, : part.shape[1]] += part
-    return sketches
+        shift = random_state.randint(SKETCH_SIZE)
+        sums[:, shift : shift + part.shape[1]] += part
+    return sums[:, :SKETCH_SIZE] + sums[:, SKETCH_SIZE:]  # what was shifted beyond the end begins again
 
 
 def _without_empty(points: np.ndarray, members: np.ndarray, k: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from d4m_plugin.checking import check_fields, fault_of, shown
+from d4m_plugin.checking import check_fields, check_least, fault_of, shown
 from d4m_plugin.errors import InputError
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import Resize
@@ -84,20 +84,17 @@ class Recipe:
         if self.class_names is not None:
             object.__setattr__(self, "class_names", _read_names(self.class_names))
         check_fields(self)
-        for name in (
-            "ipc",
-            "prototypes",
-            "num_inference_steps",
-            "oversample",
-            "resolution",
-            "max_images_per_class",
-            "image_size",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"`{name}` is {value}; it must be at least 1.")
-        if self.seed < 0:
-            raise InputError(f"`seed` is {self.seed}; it must be at least 0.")
+        check_least(
+            1,
+            ipc=self.ipc,
+            prototypes=self.prototypes,
+            num_inference_steps=self.num_inference_steps,
+            oversample=self.oversample,
+            resolution=self.resolution,
+            max_images_per_class=self.max_images_per_class,
+            image_size=self.image_size,
+        )
+        check_least(0, seed=self.seed)
         if self.prototypes is not None and self.ipc % self.prototypes:
             divisors = ", ".join(str(d) for d in range(1, min(self.ipc, MOST_LISTED) + 1) if self.ipc % d == 0)
             raise InputError(

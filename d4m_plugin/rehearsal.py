@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d4m_plugin.checking import check_least
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.distillation import BLOCK
@@ -20,7 +21,7 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.preview import grid
 from d4m_plugin.prototypes import cluster
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
-from d4m_plugin.screening import readable_source
+from d4m_plugin.screening import WithoutBadImages, readable_source
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Source
 from d4m_plugin.subsets import Chosen, at_most
@@ -30,7 +31,9 @@ PNG_SHARE = 0.6  # of a photograph's pixels, what a PNG of them takes
 PROBES = 4  # batches that are encoded to measure it, of which the fastest counts
 
 
-def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: bool = False) -> dict[str, Any]:
+def estimate(
+    source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: bool = False, num_workers: int = 0
+) -> dict[str, Any]:
     """Return what a distilling takes: what is to be done, counted, and the time, from a short probe of each stage.
 
     Args:
@@ -38,10 +41,12 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
         recipe: what to make.
         batch_size: images that the model takes at once.
         compile: compile the model's denoiser; the time that it takes once is not in the estimate.
+        num_workers: processes that will read real images; the probe reads in this one.
 
     Returns:
         Names of the table's rows, in order, and their values.
     """
+    check_least(1, batch_size=batch_size)
     resolved = recipe.resolved(source)
     model = open_model(resolved, compile)
     warn_of_prompts(resolved.prompts(source.classes), resolved, model)
@@ -63,9 +68,10 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
         ((_, latents),) = encode(probe, [0], model, resolution, resolved.resize, batch_size)
         return latents
 
-    probes = torch.arange(min(len(images), PROBES * batch_size)).split(batch_size)
+    *_, unread = probes = torch.arange(min(len(images), (PROBES + 1) * batch_size)).split(batch_size)
+    reading = _seconds(partial(read, unread)) / len(unread)  # once: a second time they are in memory
+    probes = probes[:PROBES]
     latents = encoded(probes[0])  # the first of all is slow
-    reading = min(_seconds(partial(read, probe)) / len(probe) for probe in probes)
     encoding = min(_seconds(partial(encoded, probe)) / len(probe) for probe in probes)
     at_once = min(batch_size, to_make)
     step, once = _denoising(model, latents[:1].expand(at_once, *latents.shape[1:]), source.classes[0], resolved)
@@ -73,7 +79,9 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
     prototypes = len(source.classes) * resolved.prototypes * latents[0].numel() * 4
     parts = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
     weights = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.parameters())
-    read_all, encode_all = len(images) * reading, len(images) * encoding
+    checked = isinstance(source, WithoutBadImages)  # by now
+    check_all = 0 if checked else len(images) * reading / max(1, num_workers)
+    encode_all = len(images) * encoding
     make_all = to_make * tries * (steps * step + once)
     return {
         "images to encode": f"{len(images):,}, at {resolution} pixels",
@@ -82,10 +90,10 @@ def estimate(source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: b
         + (f", {tries} tries" if tries > 1 else ""),
         "on disk": f"{_bytes(pixels * PNG_SHARE + prototypes)}, of which prototypes {_bytes(prototypes)}",
         "memory": f"{_bytes(weights)} of weights{_peak(model.device)}",
-        "checking, once": f"{_duration(read_all)} ({_rate(reading)}), in one process",
+        "checking, once": f"{_duration(check_all)} ({_rate(reading)} in a process)",
         "encoding": f"{_duration(encode_all)} ({_rate(encoding)})",
         "synthesis": f"{_duration(make_all)} ({_rate(tries * (steps * step + once))})",
-        "in all": f"{_duration(read_all + encode_all + make_all)} on this {model.device.type}, and the clustering",
+        "in all": f"{_duration(check_all + encode_all + make_all)} on this {model.device.type}, and the clustering",
     }
 
 
@@ -170,9 +178,7 @@ def preview(
     Raises:
         InputError: where an option cannot work.
     """
-    for name, value in (("classes", classes), ("images", images), ("of_class", of_class)):
-        if value < 1:
-            raise InputError(f"`{name}` is {value}; it must be at least 1.")
+    check_least(1, classes=classes, images=images, of_class=of_class, batch_size=batch_size)
     if output.suffix != ".png":
         raise InputError(f"`output` is {str(output)!r}; it must end in .png.")
     source = readable_source(source, skip_bad_images, cache_dir, num_workers)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from d4m_plugin.cache import resolve_cache_dir, written_whole
+from d4m_plugin.checking import check_least
 from d4m_plugin.errors import InputError
 from d4m_plugin.progress import Progress
 from d4m_plugin.sources import Digits, LabelledImages, Source
@@ -77,6 +78,7 @@ def readable_source(
     source: Source | None, skip_bad_images: bool, cache_dir: str | Path | None, num_workers: int
 ) -> Source:
     """Return a source, scikit-learn's digits by default, without its unreadable images where they are to be skipped."""
+    check_least(0, num_workers=num_workers)
     source = source or Digits()
     if not skip_bad_images or isinstance(source, WithoutBadImages):
         return source

@@ -285,7 +285,7 @@ def test_a_dry_run_counts_and_makes_nothing(run, tmp_path):
     assert rows["images to encode"] == "1,297, at 32 pixels"
     assert rows["images to make"] == "30, 3 of each of 10 classes"
     assert rows["passes of the model"] == "420: 7 steps an image, 2 a step"
-    assert rows["checking, once"].endswith("images/s), in one process")
+    assert rows["checking, once"].endswith("images/s in a process)")
     assert rows["in all"].endswith("and the clustering")
     assert not (tmp_path / "set").exists()
 
@@ -338,6 +338,22 @@ def test_a_checkpoint_of_a_module_that_saves_its_hyperparameters_is_read_back(ru
     assert status == 0, err
     assert torch.load(table_of(out)["checkpoint"], weights_only=True)["global_step"] == 3
     assert "Saving has no `predict_step`" in run("predict", *words, "--ckpt_path", checkpoint)[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["distill", "--num_workers", "-1"], "`num_workers` is -1; it must be at least 0."),
+        (["distill", "--dry_run", "true", "--batch_size", "0"], "`batch_size` is 0; it must be at least 1."),
+        (["sweep", "--strength", "[0.5]", "--seeds", "0"], "`seeds` is 0; it must be at least 1."),
+        (["sweep", "--strength", "[0.5]", "--num_workers", "-1"], "`num_workers` is -1; it must be at least 0."),
+        (["preview", "--num_workers", "-1"], "`num_workers` is -1; it must be at least 0."),
+    ],
+)
+def test_a_number_below_the_least_is_told_by_every_command(run, words, says):
+    status, _, err = run(*words)
+    assert status == 2
+    assert err.strip() == f"error: {says}"
 
 
 @pytest.mark.parametrize(

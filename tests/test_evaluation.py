@@ -749,8 +749,8 @@ def test_a_sweep_tries_all_combinations_and_shares_what_is_alike(squares, tmp_pa
         ("1.0", "4.0"),
     ]
     assert [row["against_first"] == "" for row in table] == [True, False, False, False]
-    assert rows["strength 0.5, guidance_scale 1.0, hard labels"].endswith("points on random real images)")
-    assert "points on the first" in rows["strength 1.0, guidance_scale 4.0, hard labels"]
+    assert rows["strength 0.5, guidance_scale 1.0, hard labels"].endswith("points over random real images)")
+    assert "points over the first" in rows["strength 1.0, guidance_scale 4.0, hard labels"]
     for picture in ("sweep.png", "samples.png"):
         assert len(set(Image.open(tmp_path / "sweep" / picture).convert("L").tobytes())) > 10
     assert next(iter(rows)) == "strength 0.5, guidance_scale 1.0, hard labels"
@@ -769,16 +769,18 @@ def test_a_sweep_over_oversampling_lets_its_own_teacher_choose(squares, tmp_path
 
 def test_gains_are_paired_by_seed_and_the_p_value_is_that_of_the_independent_t_test():
     first, other, of_random = [0.5, 0.52, 0.51], [0.55, 0.57, 0.54], [0.4, 0.41, 0.42]
-    row = setting_row(other, first, of_random)
+    row = setting_row(other, first, of_random, 1000)
     for name, gains in (("first", [0.05, 0.05, 0.03]), ("random", [0.15, 0.16, 0.12])):
         assert row[f"against_{name}"] == pytest.approx(sum(gains) / 3)
         assert row[f"against_{name}_interval"] == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(gains))
     assert row["p_against_first"] == pytest.approx(stats.ttest_ind(other, first).pvalue)
     assert row["interval"] == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(other))
-    alone = setting_row(first, first, of_random)
+    alone = setting_row(first, first, of_random, 1000)
     assert alone["p_against_first"] is alone["against_first"] is alone["against_first_interval"] is None
-    assert setting_row([0.25] * 3, first, first)["p_against_first"] < 1
-    assert setting_row([0.25] * 3, [0.5] * 3, first)["p_against_first"] is None  # and no warning
+    assert setting_row([0.25] * 3, first, first, 1000)["p_against_first"] < 1
+    alike = setting_row([0.25] * 3, [0.5] * 3, first, 1000)
+    assert alike["p_against_first"] is None  # and no warning
+    assert alike["against_first_interval"] == 0.001  # no finer than a test image
 
 
 def test_a_sweep_of_nothing_or_of_what_is_given_twice_is_refused(squares):

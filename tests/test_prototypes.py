@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from d4m_plugin.prototypes import cluster
+from d4m_plugin.prototypes import _sketched, cluster
 from d4m_plugin.seeding import generator_of, seed_of
 
 
@@ -59,28 +59,46 @@ def test_the_fit_beats_the_authors_small_chunks():
     assert sum(ours) / 5 < 1.03 * inertia(torch.tensor(whole.cluster_centers_))
 
 
-def test_large_latents_are_clustered_by_sketches_as_well_as_whole():
+def test_sketches_keep_the_distances_of_large_points_of_any_structure():
+    generator = generator_of(4)
+    dense, column, corner = (torch.zeros(4, 40, 40) for _ in range(3))  # 6,400 numbers, no multiple of 256
+    dense.copy_(torch.randn(4, 40, 40, generator=generator))
+    column[:, :, 7:9] = torch.randn(4, 40, 2, generator=generator)
+    corner[:, -4:, -4:] = torch.randn(4, 4, 4, generator=generator)
+    points = torch.stack([dense, column, corner, torch.zeros(4, 40, 40)]).flatten(1)
+    exact = points.square().sum(1)[:3]
+    factors = []
+    for seed in range(30):
+        sketches = torch.from_numpy(_sketched(points.numpy(), np.random.RandomState(seed)))
+        assert sketches.shape == (4, 256)
+        factors.append((sketches - sketches[3]).square().sum(1)[:3] / exact)
+    factors = torch.stack(factors)
+    assert (factors.mean(0) - 1).abs().max() < 0.1
+    assert factors.std(0).max() < 0.2
+    small = points[:, :1024].numpy()
+    assert _sketched(small, np.random.RandomState(0)) is small
+
+
+def test_large_latents_are_clustered_as_well_as_by_all_their_numbers():
     from sklearn.cluster import KMeans
     from sklearn.datasets import load_sample_images
     from sklearn.feature_extraction.image import extract_patches_2d
 
-    patches = [
-        extract_patches_2d(each, (37, 37), max_patches=150, random_state=0) for each in load_sample_images().images
-    ]
-    latents = torch.from_numpy(np.concatenate(patches)).permute(0, 3, 1, 2) / 255  # 4,107 numbers, no multiple of 256
+    options = {"patch_size": (37, 37), "max_patches": 150, "random_state": 0}
+    patches = [extract_patches_2d(photograph, **options) for photograph in load_sample_images().images]
+    latents = torch.from_numpy(np.concatenate(patches)).permute(0, 3, 1, 2) / 255  # 4,107 numbers
     points = latents.flatten(1)
 
     def inertia(centres):
         return torch.cdist(points, centres).min(1).values.square().sum()
 
-    ours = [cluster(latents, 10, seed).latents.flatten(1) for seed in range(3)]
-    whole = [
-        torch.tensor(KMeans(10, n_init=1, random_state=seed).fit(points.numpy()).cluster_centers_) for seed in range(3)
-    ]
-    assert sum(map(inertia, ours)) < 1.03 * sum(map(inertia, whole))
-    members = torch.cdist(points, ours[0]).argmin(1)
-    means = torch.stack([points[members == k].mean(0) for k in range(10)])
-    assert (means - ours[0]).abs().mean() < 0.01  # of latents, not of sketches, whose nearest centre may differ
+    ours = [inertia(cluster(latents, 10, seed).latents.flatten(1)) for seed in range(3)]
+    fits = [KMeans(10, n_init=1, random_state=seed).fit(points.numpy()) for seed in range(3)]
+    assert sum(ours) < 1.03 * sum(inertia(torch.tensor(fit.cluster_centers_)) for fit in fits)
+    assert torch.equal(cluster(latents, 10, 0).latents, cluster(latents, 10, 0).latents)
+    assert not torch.equal(cluster(latents, 10, 0).latents, cluster(latents, 10, 1).latents)
+    twice = torch.cat([latents[:6]] * 2)
+    assert len(cluster(twice, 6, seed=0).latents) == 6
 
 
 def test_seeds_of_unlike_keys_differ():

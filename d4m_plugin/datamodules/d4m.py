@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from PIL import Image
 from torch import Tensor
@@ -26,6 +25,7 @@ from torchvision.transforms import v2
 
 from d4m_plugin.augmentation import augment
 from d4m_plugin.cache import resolve_cache_dir
+from d4m_plugin.checking import check_least
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
@@ -125,13 +125,7 @@ class D4MDataModule(L.LightningDataModule):
             raise InputError(
                 f"`weighting` is {weighting!r}, but `train_on` is {train_on!r}; only distilled images have weights."
             )
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("distill_batch_size", distill_batch_size, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise InputError(f"`{name}` is {value}; it must be at least {least}.")
+        check_least(1, batch_size=batch_size, distill_batch_size=distill_batch_size)
         if not isinstance(source, Source | None):
             raise InputError(f"`source` is {source!r}; it must be a Source, such as Digits().")
         if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
@@ -173,7 +167,7 @@ class D4MDataModule(L.LightningDataModule):
                 f"({ours}); name the source that it was distilled from."
             )
         if self._named_set and (caution := self._named_set.caution_of(self.source)):
-            warnings.warn(caution, InputWarning, stacklevel=2)
+            rank_zero_warn(caution, category=InputWarning)
 
     def prepare_data(self) -> None:
         """Before the long work of a set that is to be pushed, ask the Hub for leave."""

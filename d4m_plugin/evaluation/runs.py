@@ -20,6 +20,7 @@ from torch import Tensor
 
 from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.callbacks import TeacherMatching
+from d4m_plugin.checking import check_least
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import autocast, compute_dtype, default_device, this_device, trainer_precision
 from d4m_plugin.diffusion import digest
@@ -77,9 +78,7 @@ class Protocol:
         for name in ("labels", "students", "learning_rates"):
             if not getattr(self, name):
                 raise InputError(f"`{name}` is empty; name at least one.")
-        for name in ("seeds", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        check_least(1, seeds=self.seeds, steps=self.steps, batch_size=self.batch_size)
         if wrong := [rate for rate in self.learning_rates if not rate > 0]:
             raise InputError(f"`learning_rates` has {wrong[0]}; they must be above 0.")
         always: tuple[Arm, ...] = ("distilled", "random")

@@ -12,6 +12,7 @@ from scipy.stats import ttest_ind_from_stats
 from torch import Tensor
 
 from d4m_plugin.cache import make_writable
+from d4m_plugin.checking import check_least
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
@@ -91,6 +92,7 @@ def sweep(
     Raises:
         InputError: where an option cannot work, no option has values, or a training diverges.
     """
+    check_least(1, seeds=seeds, batch_size=batch_size, distill_batch_size=distill_batch_size)
     source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     given: dict[str, Sequence[Any]] = {
         "strength": strength,
@@ -159,7 +161,9 @@ def sweep(
     if not is_first():
         return {}
     rows = [
-        settings[number] | {"labels": kind} | setting_row(found, accuracies[0, kind], of_random[kind])
+        settings[number]
+        | {"labels": kind}
+        | setting_row(found, accuracies[0, kind], of_random[kind], len(source.test()))
         for (number, kind), found in accuracies.items()
     ]
     write_csv(output / "sweep.csv", rows)
@@ -170,12 +174,12 @@ def sweep(
     return lines | {"figures": output.resolve() / "sweep.png", "samples": output.resolve() / "samples.png"}
 
 
-def setting_row(found: list[float], of_first: list[float], of_random: list[float]) -> dict[str, Any]:
+def setting_row(found: list[float], of_first: list[float], of_random: list[float], test_images: int) -> dict[str, Any]:
     """Return what a setting's accuracies, of each seed in order, say.
 
     Returns:
-        The mean `accuracy` and its 95 % `interval`; the mean of `random` real images, and the gain on them and on the
-        first setting, paired by seed, with 95 % intervals; `p_against_first`, of the independent t-test as in the
+        The mean `accuracy` and its 95 % `interval`; the mean of `random` real images, and the gain over them and over
+        the first setting, paired by seed, with 95 % intervals; `p_against_first`, of the independent t-test as in the
         paper's supplement, None where neither's accuracies differ among its seeds; how many `seeds`.
     """
     first = found is of_first
@@ -192,7 +196,7 @@ def setting_row(found: list[float], of_first: list[float], of_random: list[float
         gains = [mine - other for mine, other in zip(found, others, strict=True)]
         none = name == "first" and first
         row[f"against_{name}"] = None if none else statistics.mean(gains)
-        row[f"against_{name}_interval"] = None if none else interval(gains)
+        row[f"against_{name}_interval"] = None if none else interval(gains, 1 / test_images)
     return row | {"p_against_first": p, "seeds": len(found)}
 
 
@@ -202,11 +206,13 @@ def _named(row: dict[str, Any], varied: Sequence[str] | dict[str, Any]) -> str:
 
 def _shown(row: dict[str, Any]) -> str:
     spread = "" if row["interval"] is None else f" ± {100 * row['interval']:.1f}"
-    on_random = points_of(row["against_random"], row["against_random_interval"])
-    shown = f"{100 * row['accuracy']:.1f}{spread} % ({on_random} on random real images"
-    if row["against_first"] is not None:
-        shown += f", {points_of(row['against_first'], row['against_first_interval'])} on the first"
-    return shown + ("" if row["p_against_first"] is None else f", p = {row['p_against_first']:.2g}") + ")"
+    over = {"random real images": "against_random", "the first": "against_first"}
+    gains = [
+        f"{points_of(row[name], row[f'{name}_interval'])} over {others}"
+        for others, name in over.items()
+        if row[name] is not None
+    ]
+    return f"{100 * row['accuracy']:.1f}{spread} % ({', '.join(gains)})"
 
 
 def _draw(rows: Sequence[dict[str, Any]], varied: Sequence[str], source: str, path: Path) -> None:
