@@ -26,7 +26,7 @@ _shorten = reprlib.Repr()
 _shorten.maxstring, _shorten.maxlist, _shorten.maxdict, _shorten.maxlevel = 200, 4, 2, 1  # a path is whole
 
 
-def check_least(least: int, /, **options: int | None) -> None:
+def check_least(least: int, /, **options: float | None) -> None:
     """Refuse numbers below the least that works, by the options' names; None is a default.
 
     Raises:

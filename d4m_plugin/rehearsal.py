@@ -68,9 +68,9 @@ def estimate(
         ((_, latents),) = encode(probe, [0], model, resolution, resolved.resize, batch_size)
         return latents
 
-    *_, unread = probes = torch.arange(min(len(images), (PROBES + 1) * batch_size)).split(batch_size)
+    *probes, unread = torch.arange(min(len(images), (PROBES + 1) * batch_size)).split(batch_size)
     reading = _seconds(partial(read, unread)) / len(unread)  # once: a second time they are in memory
-    probes = probes[:PROBES]
+    probes = probes or [unread]
     latents = encoded(probes[0])  # the first of all is slow
     encoding = min(_seconds(partial(encoded, probe)) / len(probe) for probe in probes)
     at_once = min(batch_size, to_make)

@@ -22,7 +22,7 @@ from d4m_plugin.evaluation.figures import new_figure
 from d4m_plugin.evaluation.report import write_csv
 from d4m_plugin.evaluation.runs import Labels, Protocol, Training, Trainings, trained
 from d4m_plugin.evaluation.sets import ours
-from d4m_plugin.evaluation.verdict import interval, points_of
+from d4m_plugin.evaluation.verdict import gain_of, interval, points_of
 from d4m_plugin.preview import grid
 from d4m_plugin.progress import is_first
 from d4m_plugin.recipe import Recipe
@@ -160,10 +160,9 @@ def sweep(
                 of_random.setdefault(run["labels"], []).append(run["accuracy"])
     if not is_first():
         return {}
+    test_images = len(source.test())
     rows = [
-        settings[number]
-        | {"labels": kind}
-        | setting_row(found, accuracies[0, kind], of_random[kind], len(source.test()))
+        settings[number] | {"labels": kind} | setting_row(found, accuracies[0, kind], of_random[kind], test_images)
         for (number, kind), found in accuracies.items()
     ]
     write_csv(output / "sweep.csv", rows)
@@ -182,22 +181,25 @@ def setting_row(found: list[float], of_first: list[float], of_random: list[float
         the first setting, paired by seed, with 95 % intervals; `p_against_first`, of the independent t-test as in the
         paper's supplement, None where neither's accuracies differ among its seeds; how many `seeds`.
     """
-    first = found is of_first
+    over_random = gain_of(list(zip(found, of_random, strict=True)), test_images)
+    over_first: tuple[float | None, float | None] = (None, None)
     p = None
-    if len(found) > 1 and not first and any(map(statistics.stdev, (found, of_first))):
-        both = [(statistics.mean(each), statistics.stdev(each), len(each)) for each in (found, of_first)]
-        p = float(ttest_ind_from_stats(*both[0], *both[1]).pvalue)
-    row: dict[str, Any] = {
+    if found is not of_first:
+        over_first = gain_of(list(zip(found, of_first, strict=True)), test_images)
+        if len(found) > 1 and any(map(statistics.stdev, (found, of_first))):
+            both = [(statistics.mean(each), statistics.stdev(each), len(each)) for each in (found, of_first)]
+            p = float(ttest_ind_from_stats(*both[0], *both[1]).pvalue)
+    return {
         "accuracy": statistics.mean(found),
         "interval": interval(found),
         "random": statistics.mean(of_random),
+        "against_random": over_random[0],
+        "against_random_interval": over_random[1],
+        "against_first": over_first[0],
+        "against_first_interval": over_first[1],
+        "p_against_first": p,
+        "seeds": len(found),
     }
-    for name, others in (("random", of_random), ("first", of_first)):
-        gains = [mine - other for mine, other in zip(found, others, strict=True)]
-        none = name == "first" and first
-        row[f"against_{name}"] = None if none else statistics.mean(gains)
-        row[f"against_{name}_interval"] = None if none else interval(gains, 1 / test_images)
-    return row | {"p_against_first": p, "seeds": len(found)}
 
 
 def _named(row: dict[str, Any], varied: Sequence[str] | dict[str, Any]) -> str:

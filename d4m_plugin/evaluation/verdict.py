@@ -33,6 +33,17 @@ def interval(values: Sequence[float], resolution: float = 0.0) -> float | None:
     return max(resolution, quantile * statistics.stdev(values) / math.sqrt(len(values)))
 
 
+def gain_of(pairs: Sequence[tuple[float, float]], test_images: int) -> tuple[float, float | None]:
+    """Return the mean by which the first accuracies are above the second, and half of its 95 % interval.
+
+    Args:
+        pairs: two accuracies of each seed.
+        test_images: how many they are measured on; no interval is finer than one.
+    """
+    gains = [mine - other for mine, other in pairs]
+    return statistics.mean(gains), interval(gains, 1 / test_images)
+
+
 def verdict_of(difference: float, half_width: float, test_images: int) -> Verdict:
     """Return what a difference and its interval say: nothing, where the interval holds zero or few images decide."""
     least = max(half_width, (LEAST_IMAGES - ROUNDING) / test_images)
@@ -71,14 +82,11 @@ def table_of(
         if arm != "distilled":
             ours = cells[student, labels, "distilled"]
             pairs = [(ours[seed], accuracy) for seed, accuracy in found.items()]
-            differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
-            if len(differences) < len(pairs):
+            told = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
+            if len(told) < len(pairs):
                 row["verdict"] = "diverged"
             else:
-                row["difference"], row["interval"] = (
-                    statistics.mean(differences),
-                    interval(differences, 1 / test_images),
-                )
+                row["difference"], row["interval"] = gain_of(told, test_images)
                 if row["interval"] is not None:
                     row["verdict"] = verdict_of(row["difference"], row["interval"], test_images)
         rows.append(row)
