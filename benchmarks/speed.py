@@ -37,8 +37,8 @@ from d4m_plugin.prototypes import BATCH_SIZE, START_SIZE, Prototypes, cluster
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.synthesis import synthesise
 
-CLASSES, IPC = 10, 10
-FILES = 5000  # encoded
+CLASSES = 10
+SIZES = {"digits": (10, 5000), "cifar10": (10, 5000), "sd": (2, 500)}  # images made of a class, files encoded
 BATCHES = (10, 25, 50, 100)  # of which the bare passes get the best
 OF_A_CLASS = (1300, 4, 64, 64)  # latents: ImageNet at 512 pixels
 
@@ -55,20 +55,21 @@ class Setting:
 
     def __init__(self, pipeline: str, folder: Path) -> None:
         self.folder = folder
+        self.ipc, self.files = SIZES[pipeline]
         self.diffusion = save_sd_shaped(folder / "sd") if pipeline == "sd" else pipeline
         self.model = LatentDiffusion(self.diffusion)
-        self.recipe = Recipe(ipc=IPC, diffusion=self.diffusion).resolved(Digits())
+        self.recipe = Recipe(ipc=self.ipc, diffusion=self.diffusion).resolved(Digits())
         self.names = Digits().classes
         edge = self.model.resolution // self.model.pipeline.vae_scale_factor
-        self.latents = torch.randn(CLASSES * IPC, 4, edge, edge, generator=generator_of(0))
-        self.wanted = [(label, index) for label in range(CLASSES) for index in range(IPC)]
+        self.latents = torch.randn(CLASSES * self.ipc, 4, edge, edge, generator=generator_of(0))
+        self.wanted = [(label, index) for label in range(CLASSES) for index in range(self.ipc)]
 
     @cached_property
     def photographs(self) -> ImageFolder:
         """Files of the model's resolution."""
         pixels = torch.randint(0, 256, (16, 3, self.model.resolution, self.model.resolution), dtype=torch.uint8)
         files = [png(each) for each in pixels]
-        for number in range(FILES * 5 // 4):  # a fifth of them are set apart as test images
+        for number in range(self.files * 5 // 4):  # a fifth of them are set apart as test images
             place = self.folder / "photographs" / f"class {number % CLASSES}"
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{number}.png").write_bytes(files[number % 16])
@@ -118,7 +119,8 @@ class Setting:
     def synthesise_ours(self) -> None:
         """Make a set's images, from given prototypes."""
         found = {
-            label: Prototypes(self.latents[label * IPC :][:IPC], torch.full([IPC], 1 / IPC)) for label in range(CLASSES)
+            label: Prototypes(latents, torch.full([self.ipc], 1 / self.ipc))
+            for label, latents in enumerate(self.latents.split(self.ipc))
         }
         for start in range(0, len(self.wanted), 50):
             synthesise(self.wanted[start : start + 50], found, self.names, self.recipe, self.model)
@@ -194,8 +196,8 @@ def inertia(points: np.ndarray, centres: np.ndarray) -> float:
 def whole(setting: Setting) -> tuple[Turn, Turn]:
     """All of `distill`, beside the sum of its bare parts."""
     source = setting.photographs
-    recipe = Recipe(ipc=IPC, diffusion=setting.diffusion)
-    latents = torch.randn(FILES // CLASSES, *setting.latents.shape[1:]).flatten(1).numpy()
+    recipe = Recipe(ipc=setting.ipc, diffusion=setting.diffusion)
+    latents = torch.randn(setting.files // CLASSES, *setting.latents.shape[1:]).flatten(1).numpy()
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -203,9 +205,11 @@ def whole(setting: Setting) -> tuple[Turn, Turn]:
 
     def bare() -> None:
         LatentDiffusion(setting.diffusion)
-        setting.encode_bare(FILES)
+        setting.encode_bare(setting.files)
         for _ in range(CLASSES):
-            MiniBatchKMeans(IPC, batch_size=BATCH_SIZE, init_size=START_SIZE, n_init=1, random_state=0).fit(latents)
+            MiniBatchKMeans(setting.ipc, batch_size=BATCH_SIZE, init_size=START_SIZE, n_init=1, random_state=0).fit(
+                latents
+            )
         setting.synthesise_bare()
 
     return ours, bare
@@ -223,7 +227,7 @@ def start(setting: Setting) -> tuple[Turn, Turn]:
             place = root / split / digits.classes[label]
             place.mkdir(parents=True, exist_ok=True)
             image.save(place / f"{number}.png")
-    made = distill(ImageFolder(root), Recipe(ipc=IPC, diffusion="digits"), output=setting.folder / "set")
+    made = distill(ImageFolder(root), Recipe(ipc=10, diffusion="digits"), output=setting.folder / "set")
     fit = ["-m", "d4m_plugin", "fit", "--data.set_folder", str(made.root), "--trainer.max_steps", "1"]
     fit += ["--data.source", "ImageFolder", "--data.source.root", str(root), "--matching.teacher", "digits"]
     fit += ["--trainer.limit_val_batches", "0", "--trainer.limit_test_batches", "0", "--trainer.logger", "false"]
@@ -243,7 +247,7 @@ def imported(setting: Setting) -> tuple[Turn, Turn]:
 
 def disk(setting: Setting) -> tuple[Turn, Turn]:
     """Bytes of prototypes, beside the authors' JSON; not seconds."""
-    found = torch.randn(IPC, *OF_A_CLASS[1:], generator=generator_of(0))
+    found = torch.randn(10, *OF_A_CLASS[1:], generator=generator_of(0))
     as_json = json.dumps({"0": found.flatten(1).tolist()})
     as_stored = save({"0.latents": found.half()})
     return lambda: len(as_stored), lambda: len(as_json)
@@ -298,7 +302,7 @@ def measured(name: str, setting: Setting, turns: int) -> dict[str, Any]:
 
 
 def save_sd_shaped(folder: Path) -> str:
-    """Save a pipeline of Stable Diffusion 1.5's shape, a fifth as wide, of 128 pixels, with random weights."""
+    """Save a pipeline of Stable Diffusion 1.5's shape, a tenth as wide, of 128 pixels, with random weights."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -316,13 +320,15 @@ def save_sd_shaped(folder: Path) -> str:
             sample_size=128,
         ),
         unet=UNet2DConditionModel(
-            sample_size=16, block_out_channels=(64, 128, 256, 256), attention_head_dim=8, cross_attention_dim=128
+            sample_size=16, block_out_channels=(32, 64, 128, 128), attention_head_dim=8, cross_attention_dim=128
         ),
         text_encoder=CLIPTextModel(
             text_config(tokenizer, hidden_size=128, intermediate_size=512, num_hidden_layers=12, num_attention_heads=8)
         ),
         tokenizer=tokenizer,
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -334,7 +340,7 @@ def main(pipeline: str = "cifar10", rows: tuple[str, ...] = tuple(ROWS), turns: 
     """Measure rows, and print each as it is done.
 
     Args:
-        pipeline: `digits`, `cifar10`, or `sd`: Stable Diffusion 1.5's shape, a fifth as wide.
+        pipeline: `digits`, `cifar10`, or `sd`: Stable Diffusion 1.5's shape, a tenth as wide.
         rows: of the table.
         turns: of ours and of theirs.
     """

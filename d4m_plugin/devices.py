@@ -57,8 +57,8 @@ def this_device() -> int | list[int]:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype a model's passes run in under autocast on a device: bfloat16 where it is fast.
 
-    A CPU with AMX or AVX512-BF16 multiplies bfloat16 matrices several times faster than float32; one without
-    emulates it slowly.
+    A CPU with AMX multiplies bfloat16 matrices several times faster than float32, one with AVX512-BF16 nearly twice
+    as fast; one without either emulates it slowly.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
