@@ -141,11 +141,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     cells: dict[tuple[str, int, int, str], list[float]] = {}
     for row in rows:
         arm = " ".join(str(part) for part in (row["arm"], row["recipe"], row["changes"]) if part)
-        cells.setdefault((row["labels"], row["ipc"], row["steps"], arm), []).append(100 * row["accuracy"])
+        kind = f"{row['labels']} {row['teacher'] or ''}"
+        cells.setdefault((kind, row["ipc"], row["steps"], arm), []).append(100 * row["accuracy"])
     for (kind, images, steps, arm), found in sorted(cells.items()):
         spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
         mean = statistics.mean(found)
-        print(f"{kind:<6} ipc {images:<4} {steps:>6} steps  {arm:<40} {mean:5.1f}{spread}  ({len(found)} seeds)")
+        print(f"{kind:<26} ipc {images:<4} {steps:>6} steps  {arm:<40} {mean:5.1f}{spread}  ({len(found)} seeds)")
 
 
 if __name__ == "__main__":
