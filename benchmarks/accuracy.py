@@ -61,7 +61,7 @@ def accuracy(
         model = LatentDiffusion(recipe.get("diffusion", source.diffusion))
         data.training_set = through_the_vae(data.training_set, model)
     student = ImageClassifier(data.num_classes, data.image_size, compile=True, **changes.get("model", {}))
-    matching = {"compile_teacher": True} | changes.get("matching", {})
+    matching: dict[str, Any] = {"compile_teacher": True} | changes.get("matching", {})
     trainer = L.Trainer(
         max_steps=steps,
         precision=trainer_precision(),
@@ -108,13 +108,14 @@ def main(
     batch = changes.get("data", {}).get("batch_size", BATCH)
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     done = {key_of(row): row["accuracy"] for row in rows}
+    cells: list[tuple[Labels, int, Arm]]
     cells = [(kind, images, arm) for kind in labels for images in ipc for arm in arms if arm != "real"]
     cells += [(kind, 0, "real") for kind in labels if "real" in arms]  # in as many steps as the largest set
     for seed in range(seeds):
         for kind, images, arm in cells:
             size = (images or max(ipc)) * len(source.classes)
             steps = epochs * math.ceil(size / batch) if epochs else DEFAULT_STEPS
-            row = {"source": source.name, "teacher": teacher if kind == "soft" else None}
+            row: dict[str, Any] = {"source": source.name, "teacher": teacher if kind == "soft" else None}
             row |= {"arm": arm, "labels": kind, "ipc": images, "seed": seed, "steps": steps}
             row |= {"recipe": recipe if arm == "distilled" else {}, "changes": changes}
             if key_of(row) in done:

@@ -20,6 +20,7 @@ from d4m_plugin import D4MDataModule, ImageClassifier, TeacherMatching
 from d4m_plugin.devices import autocast, compute_dtype, default_device, trainer_precision
 from d4m_plugin.matching import cutmix, matching_loss, soften
 from d4m_plugin.models.classifier import decay_groups
+from d4m_plugin.sources.images import squares_of
 from d4m_plugin.teachers import load_teacher
 
 WARM_UP = 10  # steps
@@ -61,7 +62,7 @@ def by_hand(data: D4MDataModule, steps: int) -> float:
     teacher.model.to(memory_format=torch.channels_last).compile()
     optimizer = torch.optim.AdamW(decay_groups(student.parameters(), 0.01), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    pixels = data.train_dataloader().dataset.tensors[0].to(device)
+    pixels = squares_of(data.training_set, data.image_size).to(device)
     order, started = torch.empty(0, dtype=torch.int64), 0.0
     for step in range(steps):
         if step == WARM_UP:

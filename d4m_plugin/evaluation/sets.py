@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -33,8 +34,8 @@ class Squares:
         targets: the label of each.
     """
 
-    def __init__(self, pixels: Tensor, targets: Sequence[int]) -> None:
-        self.pixels, self.targets = pixels, list(targets)
+    def __init__(self, pixels: Tensor, targets: Sequence[int] | np.ndarray) -> None:
+        self.pixels, self.targets = pixels, [int(label) for label in targets]
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -156,7 +157,7 @@ def _of_a_file(path: Path, source: Source) -> JudgedSet:
 def _others(name: str, images: LabelledImages, source: Source) -> JudgedSet:
     size = source.image_size
     pixels = squares_of(images, size)
-    return _judged(name, Squares(pixels, [int(label) for label in images.targets]), source, size, "crop")
+    return _judged(name, Squares(pixels, images.targets), source, size, "crop")
 
 
 def _judged(
