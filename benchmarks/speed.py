@@ -37,8 +37,8 @@ from d4m_plugin.prototypes import BATCH_SIZE, START_SIZE, Prototypes, cluster
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.synthesis import synthesise
 
-CLASSES = 10
-SIZES = {"digits": (10, 5000), "cifar10": (10, 5000), "sd": (2, 500)}  # images made of a class, files encoded
+CLASSES, IPC = 10, 10
+FILES = 5000  # encoded
 BATCHES = (10, 25, 50, 100)  # of which the bare passes get the best
 OF_A_CLASS = (1300, 4, 64, 64)  # latents: ImageNet at 512 pixels
 
@@ -55,7 +55,7 @@ class Setting:
 
     def __init__(self, pipeline: str, folder: Path) -> None:
         self.folder = folder
-        self.ipc, self.files = SIZES[pipeline]
+        self.ipc, self.files = (2, 500) if pipeline == "sd" else (IPC, FILES)
         self.diffusion = save_sd_shaped(folder / "sd") if pipeline == "sd" else pipeline
         self.model = LatentDiffusion(self.diffusion)
         self.recipe = Recipe(ipc=self.ipc, diffusion=self.diffusion).resolved(Digits())
@@ -207,9 +207,8 @@ def whole(setting: Setting) -> tuple[Turn, Turn]:
         LatentDiffusion(setting.diffusion)
         setting.encode_bare(setting.files)
         for _ in range(CLASSES):
-            MiniBatchKMeans(setting.ipc, batch_size=BATCH_SIZE, init_size=START_SIZE, n_init=1, random_state=0).fit(
-                latents
-            )
+            means = MiniBatchKMeans(setting.ipc, batch_size=BATCH_SIZE, init_size=START_SIZE, n_init=1, random_state=0)
+            means.fit(latents)
         setting.synthesise_bare()
 
     return ours, bare
@@ -227,7 +226,7 @@ def start(setting: Setting) -> tuple[Turn, Turn]:
             place = root / split / digits.classes[label]
             place.mkdir(parents=True, exist_ok=True)
             image.save(place / f"{number}.png")
-    made = distill(ImageFolder(root), Recipe(ipc=10, diffusion="digits"), output=setting.folder / "set")
+    made = distill(ImageFolder(root), Recipe(ipc=IPC, diffusion="digits"), output=setting.folder / "set")
     fit = ["-m", "d4m_plugin", "fit", "--data.set_folder", str(made.root), "--trainer.max_steps", "1"]
     fit += ["--data.source", "ImageFolder", "--data.source.root", str(root), "--matching.teacher", "digits"]
     fit += ["--trainer.limit_val_batches", "0", "--trainer.limit_test_batches", "0", "--trainer.logger", "false"]
@@ -247,7 +246,7 @@ def imported(setting: Setting) -> tuple[Turn, Turn]:
 
 def disk(setting: Setting) -> tuple[Turn, Turn]:
     """Bytes of prototypes, beside the authors' JSON; not seconds."""
-    found = torch.randn(10, *OF_A_CLASS[1:], generator=generator_of(0))
+    found = torch.randn(IPC, *OF_A_CLASS[1:], generator=generator_of(0))
     as_json = json.dumps({"0": found.flatten(1).tolist()})
     as_stored = save({"0.latents": found.half()})
     return lambda: len(as_stored), lambda: len(as_json)
