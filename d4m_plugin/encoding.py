@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.sources import LabelledImages
-from d4m_plugin.sources.images import Resize, to_pixels
+from d4m_plugin.sources.images import Resize, squares_of
 from d4m_plugin.sources.splits import members_by_label
 
 
@@ -48,9 +48,9 @@ def encode(
                 asked_for.append((label, number == len(parts)))
                 yield part.tolist()
 
-    # The loader takes any iterable of lists, whatever its type says.
+    # The loader takes any iterable of what the dataset takes, whatever its type says.
     sampler: Any = batches()
-    loader = DataLoader(_Pixels(images, resolution, resize), batch_sampler=sampler, num_workers=num_workers)
+    loader = DataLoader(_Batches(images, resolution, resize), None, sampler=sampler, num_workers=num_workers)
     latents: list[Tensor] = []
     at_once = Batches(batch_size)
     for pixels in loader:
@@ -67,14 +67,11 @@ def _encode_part(model: LatentDiffusion, pixels: Tensor, part: slice) -> Tensor:
     return model.encode(pixels[part])
 
 
-class _Pixels(Dataset[Tensor]):
-    """The images of a dataset alone, uint8, shape (3, size, size)."""
+class _Batches(Dataset[Tensor]):
+    """Some images of a dataset at a time, uint8, shape (N, 3, size, size)."""
 
     def __init__(self, images: LabelledImages, size: int, resize: Resize) -> None:
         self.images, self.size, self.resize = images, size, resize
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return to_pixels(self.images[int(index)][0], self.size, self.resize)
+    def __getitem__(self, indices: list[int]) -> Tensor:
+        return squares_of(self.images, self.size, self.resize, indices)

@@ -41,13 +41,16 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
         seed: decides the initial centres and the batches.
     """
     from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
 
     points = latents.flatten(1).numpy()
     random_state = np.random.RandomState(np.random.PCG64(seed))
     if len(points) > k:
         options = {"batch_size": BATCH_SIZE, "init_size": max(START_SIZE, 3 * k)}
         means = MiniBatchKMeans(k, **options, n_init=1, random_state=random_state)
-        members = _without_empty(points, means.fit_predict(_sketched(points, random_state)), k)
+        with threadpool_limits(1):  # as fast as with more, and the next class is encoded beside it
+            found = means.fit_predict(_sketched(points, random_state))
+        members = _without_empty(points, found, k)
     else:
         members = np.unique(points, axis=0, return_inverse=True)[1]  # each different latent is a cluster
     sizes = np.bincount(members)

@@ -16,7 +16,7 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.hub import without_folders
 from d4m_plugin.progress import Progress
 from d4m_plugin.sources import Digits, Source
-from d4m_plugin.sources.images import to_pixels
+from d4m_plugin.sources.images import squares_of
 from d4m_plugin.teachers import Teacher, name_of, tried_teacher
 
 BATCH = 100  # images
@@ -79,6 +79,6 @@ def _logits(teacher: Teacher, dataset: DistilledDataset) -> Tensor:
     starts = range(0, len(dataset), BATCH)
     for start in Progress("Labelling", len(starts), " batches", iterable=starts):
         images = range(start, min(start + BATCH, len(dataset)))
-        pixels = torch.stack([to_pixels(dataset[index][0], teacher.image_size) for index in images])
+        pixels = squares_of(dataset, teacher.image_size, chosen=images)
         batches.append(teacher(pixels.to(device) / 255).half().cpu())
     return torch.cat(batches)

@@ -23,7 +23,7 @@ from d4m_plugin.logits import logits_in
 from d4m_plugin.models.students import SMALL_IMAGE, create_student
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import Source
-from d4m_plugin.sources.images import to_pixels
+from d4m_plugin.sources.images import squares_of
 from d4m_plugin.sources.names import match_classes, readable
 from d4m_plugin.units import in_turn
 
@@ -355,7 +355,7 @@ def check_above_chance(teacher: Teacher, source: Source) -> str:
     """
     images = source.test()
     chosen = torch.randperm(len(images), generator=generator_of(0))[:CHANCE_SAMPLE].tolist()
-    pixels = torch.stack([to_pixels(images[index][0], teacher.image_size) for index in chosen])
+    pixels = squares_of(images, teacher.image_size, chosen=chosen)
     labels = torch.as_tensor(images.targets)[chosen]
     batches = pixels.to(teacher.mean.device).split(CHANCE_BATCH)
     named = torch.cat([teacher(batch / 255).argmax(1) for batch in batches]).cpu()

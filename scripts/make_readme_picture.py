@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from d4m_plugin import Digits, LatentDiffusion, Recipe, Source, distill
 from d4m_plugin.evaluation.figures import PAIR, new_figure
 from d4m_plugin.preview import grid
-from d4m_plugin.sources.images import to_pixels
+from d4m_plugin.sources.images import squares_of
 from d4m_plugin.sources.splits import members_by_label
 
 COLUMNS, TITLE, BARS = 4, 28, 380
@@ -76,8 +76,7 @@ def main(
     members = members_by_label(train.targets)
 
     def real(label: int) -> torch.Tensor:
-        chosen = members[label][:COLUMNS].tolist()
-        return torch.stack([to_pixels(train[index][0], source.image_size) for index in chosen])
+        return squares_of(train, source.image_size, chosen=members[label][:COLUMNS].tolist())
 
     parts = {
         "real": [real(label) for label in classes],

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -109,26 +110,36 @@ def to_pixels(image: Image.Image, size: int, resize: Resize = "crop") -> Tensor:
         size: edge in pixels.
         resize: `crop` keeps the shape and cuts the middle square out; `squash` keeps all and changes the shape.
     """
-    width, height = image.size
-    edge = min(width, height)
-    left, top = (width - edge) / 2, (height - edge) / 2
-    box = (left, top, left + edge, top + edge) if resize == "crop" else (0, 0, width, height)
-    square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(_square(image, size, resize))).permute(2, 0, 1).contiguous()
 
 
-def squares_of(images: LabelledImages, size: int, resize: Resize = "crop") -> Tensor:
-    """Return images as squares, uint8, shape (N, 3, size, size).
+def squares_of(
+    images: LabelledImages, size: int, resize: Resize = "crop", chosen: Sequence[int] | None = None
+) -> Tensor:
+    """Return images as squares, uint8, shape (N, 3, size, size), each as `to_pixels` makes it.
 
     Args:
         images: read one by one.
         size: edge in pixels.
         resize: how an image that is not square becomes so.
+        chosen: the indices of those that are wanted, in this order; all by default.
     """
-    squares = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
-    for index in range(len(images)):
-        squares[index] = to_pixels(images[index][0], size, resize)
-    return squares
+    chosen = range(len(images)) if chosen is None else chosen
+    squares = np.empty((len(chosen), size, size, 3), np.uint8)
+    for place, index in enumerate(chosen):
+        squares[place] = np.asarray(_square(images[index][0], size, resize))
+    return torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous()
+
+
+def _square(image: Image.Image, size: int, resize: Resize) -> Image.Image:
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    width, height = image.size
+    if width == height == size:
+        return image
+    edge = min(width, height)
+    left, top = (width - edge) / 2, (height - edge) / 2
+    box = (left, top, left + edge, top + edge) if resize == "crop" else (0, 0, width, height)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box)
 
 
 def natural_size(images: LabelledImages) -> int:
