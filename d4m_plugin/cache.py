@@ -44,7 +44,7 @@ def make_writable(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a process of this number on another machine may have been here
     except OSError as error:
         raise InputError(
             f"`{option}` is {str(folder)!r}, which cannot be written ({error.strerror}); name another folder."

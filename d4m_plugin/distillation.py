@@ -90,6 +90,8 @@ def distill(
     fingerprint = set_fingerprint(source, resolved)
     if output:
         folder = Path(output).resolve()
+        if folder.is_file():
+            raise InputError(f"`output` is {str(output)!r}, which is a file; name a folder.")
         make_writable(folder.parent, "output")
     else:
         folder = cache / "sets" / f"{source.name}-{resolved.config_name}-{fingerprint}"
@@ -206,6 +208,7 @@ def _distil_into(
             for name in free:
                 if not _is_finished(folder):
                     own = aside_of(work / "set")
+                    shutil.rmtree(own, ignore_errors=True)  # of a process that was killed, and had this one's number
                     try:
                         write_set(own, work.name, source, recipe, model, classes, blocks)
                         own.replace(folder)

@@ -160,6 +160,10 @@ class D4MCLI(LightningCLI):
             if isinstance(found, DistilledDataset):
                 rows = {"distilled set": found.root, "preview": found.preview}
             options = f"--data.train_on random --data.ipc {math.ceil(len(found) / data.num_classes)}"
+            if data.image_size != data.source.image_size:
+                options += f" --data.image_size {data.image_size}"
+            if data.resize != data.recipe.resize:
+                options += f" --data.resize {data.resize}"
             if STORED in self._get(self.config_init, "matching").teachers:
                 options += f" --matching.teacher {shlex.quote(data.distilled.metadata['labels']['teacher'])}"
             if data.weighting != "uniform":

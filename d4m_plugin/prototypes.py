@@ -1,6 +1,8 @@
 """Prototypes of one class: Mini-Batch k-Means on its latents (D4M, section 3.2)."""
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,14 +43,13 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
         seed: decides the initial centres and the batches.
     """
     from sklearn.cluster import MiniBatchKMeans
-    from threadpoolctl import threadpool_limits
 
     points = latents.flatten(1).numpy()
     random_state = np.random.RandomState(np.random.PCG64(seed))
     if len(points) > k:
         options = {"batch_size": BATCH_SIZE, "init_size": max(START_SIZE, 3 * k)}
         means = MiniBatchKMeans(k, **options, n_init=1, random_state=random_state)
-        with threadpool_limits(1):  # as fast as with more, and the next class is encoded beside it
+        with _thread_pools().limit(limits=1):  # as fast as with more, and the next class is encoded beside it
             found = means.fit_predict(_sketched(points, random_state))
         members = _without_empty(points, found, k)
     else:
@@ -59,6 +60,13 @@ def cluster(latents: Tensor, k: int, seed: int) -> Prototypes:
     weights = (sizes[largest_first] / len(points)).astype(np.float32)
     rounded = torch.from_numpy(centres).half().float()  # so that a stored prototype is the one that was drawn from
     return Prototypes(rounded.view(-1, *latents.shape[1:]), torch.from_numpy(weights))
+
+
+@cache
+def _thread_pools() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def _sketched(points: np.ndarray, random_state: np.random.RandomState) -> np.ndarray:

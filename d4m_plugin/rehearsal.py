@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d4m_plugin.cache import make_writable
 from d4m_plugin.checking import check_least
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion
@@ -181,6 +182,7 @@ def preview(
     check_least(1, classes=classes, images=images, of_class=of_class, batch_size=batch_size)
     if output.suffix != ".png":
         raise InputError(f"`output` is {str(output)!r}; it must end in .png.")
+    make_writable(output.resolve().parent, "output")
     source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     resolved = dataclasses.replace(Recipe(**recipe), ipc=images, prototypes=images).resolved(source)
     model, teacher = open_model(resolved), open_teacher(resolved, source, cache_dir)

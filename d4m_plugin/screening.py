@@ -68,9 +68,11 @@ class _Attempts(Dataset[str]):
 
     def __getitem__(self, index: int) -> str:
         try:
-            self.images[index]
+            self.images[index][0].load()  # a source of the user's may have opened it alone
         except InputError as error:
             return " ".join(str(error).split())
+        except Exception as error:  # Pillow's decoders raise anything on broken files
+            return " ".join(f"Image {index} cannot be read ({error}).".split())
         return ""
 
 

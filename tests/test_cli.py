@@ -291,12 +291,19 @@ def test_a_dry_run_counts_and_makes_nothing(run, tmp_path):
 
 
 def test_a_preview_shows_prototypes_and_images_of_a_few_classes(run, tmp_path):
-    words = ["--output", tmp_path / "seen.png", "--num_inference_steps", "2", "--classes", "2", "--images", "3"]
+    seen = tmp_path / "pictures" / "seen.png"  # in a folder that is not there yet
+    words = ["--output", seen, "--num_inference_steps", "2", "--classes", "2", "--images", "3"]
     status, _, err = run("preview", *words, "--of_class", "10")
     assert status == 0, err
-    with Image.open(tmp_path / "seen.png") as picture:
+    with Image.open(seen) as picture:
         assert picture.height == 2 * 2 * (64 + 2)
         assert picture.width > 3 * (64 + 2)
+
+
+def test_a_set_cannot_take_the_place_of_a_file(run):
+    Path("notes.txt").touch()
+    status, _, err = run("distill", "--output", "notes.txt")
+    assert (status, err) == (2, "error: `output` is 'notes.txt', which is a file; name a folder.\n")
 
 
 @pytest.mark.parametrize("command", [["preview", "--images", "1"], ["distill", "--dry_run", "true", "--ipc", "1"]])

@@ -1,3 +1,4 @@
+import pickle
 import signal
 
 import lightning as L
@@ -8,6 +9,7 @@ from PIL import Image
 
 from d4m_plugin import D4MDataModule, ImageClassifier, ImageFolder, InputError, Recipe, distill
 from d4m_plugin.errors import InputWarning
+from d4m_plugin.sources.images import to_pixels
 from tests.toys import Squares
 
 RECIPE = {"ipc": 2, "num_inference_steps": 2}
@@ -143,6 +145,33 @@ def test_a_finished_set_can_be_named(squares, tmp_path):
     assert torch.equal(data.distilled.images, made.images)
     with pytest.warns(InputWarning, match="not distilled from the training images of squares .* may be in it"):
         D4MDataModule(Squares(per_class=7), set_folder=tmp_path / "set")
+
+
+class Wide(Squares):
+    """Pictures of 32x16 pixels."""
+
+    def test(self):
+        images = super().test()
+        images.pixels = np.concatenate([images.pixels, 255 - images.pixels], 2)
+        return images
+
+
+def test_real_images_become_square_as_those_of_a_named_set_did(random_pipeline, tmp_path):
+    source = Wide()
+    source.diffusion = str(random_pipeline)
+    for resize in ("crop", "squash"):
+        distill(source, Recipe(resize=resize, **RECIPE), output=tmp_path / resize)
+        data = D4MDataModule(source, set_folder=tmp_path / resize)
+        ((images, _),) = data.val_dataloader()
+        assert torch.equal(images[0], to_pixels(source.test()[0][0], 16, resize))
+
+
+def test_processes_that_read_are_sent_nothing_of_the_trainer(monkeypatch):
+    monkeypatch.setattr("d4m_plugin.loading.HELD_BYTES", 0)
+    data = D4MDataModule(Squares(), train_on="real")
+    data.trainer = lambda: "no process can be sent this"
+    for loader in (data.val_dataloader(), data.train_dataloader()):
+        assert len(pickle.loads(pickle.dumps(loader.dataset))) == len(loader.dataset)
 
 
 def test_a_set_of_other_classes_is_refused_at_once(squares, tmp_path):

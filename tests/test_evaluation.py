@@ -222,6 +222,15 @@ def test_generated_images_know_nothing_of_the_prototypes(arms, squares, tmp_path
     assert len(before.flatten(1).unique(dim=0)) == 12
 
 
+def test_generated_images_are_pulled_toward_nothing(squares, tmp_path):
+    generated = []
+    for scale in (0.0, 0.5):
+        recipe = Recipe(ipc=2, **CHEAP | {"strength": 1.0, "mode_guidance_scale": scale})
+        dataset = distill(squares, recipe, output=tmp_path / f"{scale}")
+        generated.append(pixels_of(Arms(ours(dataset, squares), squares, squares.diffusion).images("generated", 0)))
+    assert torch.equal(*generated)
+
+
 def test_reconstructed_images_are_the_random_ones_through_the_vae(arms, squares):
     chosen = pixels_of(random_subset(squares, 4, seed=3))
     model = LatentDiffusion(squares.diffusion)
@@ -402,6 +411,23 @@ def test_each_arm_gets_the_learning_rate_that_is_best_on_training_images_it_does
     assert slices[0] <= {bytes(image) for image in pixels_of(squares.train()).flatten(1).numpy()}
     assert not any(slices[0] & training for training in seen[:12])
     assert len(seen[-1]) == len(squares.train())  # of the run that is tested, all
+
+
+@pytest.mark.parametrize(("per_class", "slice_of_class"), [(30, 6), (15, 1)])
+def test_the_slice_leaves_each_class_as_many_images_as_are_distilled(tmp_path, per_class, slice_of_class):
+    torch.save((torch.rand(42, 3, 16, 16), torch.arange(42) % 3), tmp_path / "set.pt")
+    source = Squares(per_class)
+    arms = Arms(open_set(str(tmp_path / "set.pt"), source), source)
+    trainings = Trainings(arms, protocol(learning_rates=(1e-3, 2e-3)), tmp_path / "runs")
+    assert torch.as_tensor(trainings._slice.targets).bincount().tolist() == [slice_of_class] * 3
+    assert len(trainings._arms_beside_the_slice.images("random", 0)) == 42
+
+
+def test_rates_cannot_be_chosen_by_images_that_an_arm_needs(tmp_path):
+    torch.save((torch.rand(42, 3, 16, 16), torch.arange(42) % 3), tmp_path / "set.pt")
+    arms = Arms(open_set(str(tmp_path / "set.pt"), Squares(14)), Squares(14))
+    with pytest.raises(InputError, match="`learning_rates` has 2, but a class has as many distilled images as real"):
+        Trainings(arms, protocol(learning_rates=(1e-3, 2e-3)), tmp_path / "runs")
 
 
 def test_all_arms_of_a_seed_start_from_the_same_weights_and_randomness(arms, tmp_path, monkeypatch):

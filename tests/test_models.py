@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -57,6 +59,24 @@ def test_the_schedule_ends_where_its_smoothing_says(smoothing, last):
     trainer = quiet_trainer(max_steps=8)
     trainer.fit(module, datamodule=D4MDataModule(Squares(), train_on="real", batch_size=9))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * last)
+
+
+def test_a_longer_run_that_resumes_has_the_longer_schedule(tmp_path):
+    data, rates = D4MDataModule(Squares(), train_on="real", batch_size=9), []
+
+    class Told(ImageClassifier):
+        def on_train_batch_end(self, *_):
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    for steps, checkpoint in ((4, None), (8, tmp_path / "last.ckpt")):
+        trainer = quiet_trainer(max_steps=steps)
+        trainer.fit(Told(3, image_size=16, lr=0.1), datamodule=data, ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    # After each step: four of four, then the last four of eight.
+    assert rates == pytest.approx(
+        [0.05 * (1 + math.cos(math.pi * n / 4)) for n in range(1, 5)]
+        + [0.05 * (1 + math.cos(math.pi * n / 8)) for n in range(5, 9)]
+    )
 
 
 def test_a_schedule_cannot_end_early():

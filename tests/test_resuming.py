@@ -56,6 +56,14 @@ def stopped(squares, tmp_path, monkeypatch, small_blocks):
     return work
 
 
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(squares, tmp_path, stopped):
+    left = distillation.aside_of(stopped / "set") / "ipc-2"
+    left.mkdir(parents=True)
+    (left / "half-written").touch()
+    made = distill(squares, kills.RECIPE, output=tmp_path / "set")
+    assert not (made.folder / "half-written").exists()
+
+
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-7])
 

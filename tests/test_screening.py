@@ -8,6 +8,7 @@ from PIL import Image
 
 from d4m_plugin import D4MDataModule, ImageClassifier, ImageFolder, InputError, Recipe, distill
 from d4m_plugin.screening import readable_source
+from tests.toys import Squares
 
 
 @pytest.fixture
@@ -121,3 +122,36 @@ def test_a_test_split_that_changes_is_read_anew(folder):
     (folder / "test" / "cat" / "00.jpg").write_bytes(b"broken since")
     data = D4MDataModule(ImageFolder(folder), skip_bad_images=True)
     assert len(data.source.test()) == 6
+
+
+class Opened(Squares):
+    """Of the user's own making: files are opened and not read."""
+
+    def __init__(self, folder):
+        super().__init__(per_class=2, classes=("cat", "dog"))
+        self.folder = folder
+
+    def train(self):
+        return OpenedFiles(sorted((self.folder / "train").rglob("*.jpg")))
+
+
+class OpenedFiles:
+    def __init__(self, paths):
+        self.paths, self.targets = paths, [int(path.parent.name == "dog") for path in paths]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return Image.open(self.paths[index]), self.targets[index]
+
+
+def test_files_that_a_source_only_opens_are_read(folder, random_pipeline):
+    with pytest.raises(InputError, match=r"3 of 20 training images of opened cannot be read\. Image 3 cannot be read"):
+        distill(Opened(folder), recipe(random_pipeline))
+    made = distill(Opened(folder), recipe(random_pipeline), skip_bad_images=True)
+    assert [line.split(" cannot")[0] for line in made.metadata["source"]["skipped"]] == [
+        "Image 3",
+        "Image 14",
+        "Image 15",
+    ]

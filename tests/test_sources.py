@@ -1,6 +1,8 @@
 import hashlib
 import pickle
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -253,7 +255,9 @@ def test_tiny_imagenet_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch, 
     assert len(TinyImageNet(tmp_path / "data", download=True).train()) == 2  # it is there
 
 
-def test_cifar_is_downloaded_and_a_failure_told(tmp_path, monkeypatch, address):
+@pytest.fixture
+def cifar_archive(tmp_path, monkeypatch):
+    """An archive of two images, which torchvision takes for CIFAR-10's."""
     kind, batches = torchvision.datasets.CIFAR10, tmp_path / "there" / "cifar-10-batches-py"
     batches.mkdir(parents=True)
     rows = pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 0]})
@@ -267,12 +271,34 @@ def test_cifar_is_downloaded_and_a_failure_told(tmp_path, monkeypatch, address):
     monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(kind, "meta", kind.meta | {"filename": "batches.meta", "md5": sums["batches.meta"]})
     monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive
+
+
+def test_cifar_is_downloaded_and_a_failure_told(tmp_path, monkeypatch, address, cifar_archive):
+    kind = torchvision.datasets.CIFAR10
     monkeypatch.setattr(kind, "url", f"{address}/nothing.tar.gz")
     with pytest.raises(InputError, match=f"`download` is true, but {address}/nothing.tar.gz cannot be fetched"):
         CIFAR10(tmp_path / "data", download=True).train()
-    monkeypatch.setattr(kind, "url", f"{address}/{archive.name}")
+    monkeypatch.setattr(kind, "url", f"{address}/{cifar_archive.name}")
     source = CIFAR10(tmp_path / "data", download=True)
     assert (list(source.classes), source.train().targets) == (["airplane", "automobile"], [1, 0])
+
+
+def test_of_two_that_would_download_one_does(tmp_path, monkeypatch, address, cifar_archive):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"{address}/{cifar_archive.name}")
+    module = torchvision.datasets.cifar
+    download, times = module.download_and_extract_archive, []
+
+    def slowly(*args, **options):
+        times.append(time.monotonic())
+        time.sleep(0.5)
+        download(*args, **options)
+
+    monkeypatch.setattr(module, "download_and_extract_archive", slowly)
+    sources = [CIFAR10(tmp_path / "data", download=True) for _ in range(2)]
+    with ThreadPoolExecutor() as threads:
+        assert [len(images) for images in threads.map(lambda source: source.train(), sources)] == [2, 2]
+    assert len(times) == 1
 
 
 @pytest.mark.parametrize(("source", "name"), [(CIFAR10, "CIFAR10"), (CIFAR100, "CIFAR100")])

@@ -4,7 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ from d4m_plugin.recipe import Recipe
 from d4m_plugin.screening import check_images, readable_source, test_fingerprint
 from d4m_plugin.sharing import OthersSet, find_set, listed
 from d4m_plugin.sources import LabelledImages, Source
-from d4m_plugin.sources.images import to_pixels
+from d4m_plugin.sources.images import Resize, to_pixels
 from d4m_plugin.subsets import random_subset
 
 LOGITS = "logits"  # the third key of a batch with stored logits
@@ -79,6 +79,7 @@ class D4MDataModule(L.LightningDataModule):
     Attributes:
         num_classes: known at once, for the model's construction.
         image_size: edge in pixels of the batches' images.
+        resize: how real images that are not square become so: as those of a named set did.
 
     Raises:
         InputError: where an option cannot work.
@@ -154,8 +155,9 @@ class D4MDataModule(L.LightningDataModule):
                 self._others_set = found
             else:
                 self._named_set = found
-        own = self._named_set.recipe["image_size"] if self._named_set else self.source.image_size
-        self.image_size: int = self.recipe.image_size or own
+        named = self._named_set.recipe if self._named_set else None
+        self.image_size: int = self.recipe.image_size or (named["image_size"] if named else self.source.image_size)
+        self.resize: Resize = named["resize"] if named else self.recipe.resize
         if weighting != "uniform" and self._others_set:
             raise InputError(
                 f"`weighting` is {weighting!r}, but {hub_id} was distilled by another tool and has no weights."
@@ -315,8 +317,9 @@ class D4MDataModule(L.LightningDataModule):
     def _held_test_set(self) -> Held | None:
         return hold(self.source.test(), self.image_size, self._square)
 
-    def _square(self, image: Image.Image) -> Tensor:
-        return to_pixels(image, self.image_size, self.recipe.resize)
+    @property
+    def _square(self) -> Callable[[Image.Image], Tensor]:
+        return partial(to_pixels, size=self.image_size, resize=self.resize)  # which processes that read can be sent
 
     def _sampler(self, held: Held) -> Sampler[int]:
         if self.weighting == "uniform":

@@ -292,7 +292,8 @@ class Arms:
         """A block of images."""
         shape = self.model.encode(torch.zeros(1, 3, self._resolution, self._resolution, dtype=torch.uint8)).shape
         nothing = dict.fromkeys(range(len(self.source.classes)), Prototypes(torch.zeros(shape), torch.ones(1)))
-        recipe = Recipe(**(vars(self.recipe) | {"strength": 1.0})).resolved(self.source)
+        alone = {"strength": 1.0, "mode_guidance_scale": 0.0}
+        recipe = Recipe(**(vars(self.recipe) | alone)).resolved(self.source)
         prompts = recipe.prompts(self.source.classes)
         wanted = [(label, index) for label in range(len(self.source.classes)) for index in range(recipe.ipc)]
         block = wanted[number * BLOCK : (number + 1) * BLOCK]

@@ -132,8 +132,9 @@ def by_class_of_many(results: dict[str, Any], path: Path) -> str:
     curves, bars = figure.subplots(2, height_ratios=[1, 2.5])
     order = np.argsort(_accuracies(results, "distilled"), stable=True)
     order = order[: np.isfinite(_accuracies(results, "distilled")).sum()]  # those without test images are last
-    shown = [*order[:EXTREMES], *order[-EXTREMES:]]
-    places = np.array([*range(EXTREMES), *range(EXTREMES + 1, 2 * EXTREMES + 1)])  # a gap between the ends
+    worst, best = order[:EXTREMES], order[EXTREMES:][-EXTREMES:]
+    shown = [*worst, *best]
+    places = np.array([*range(len(worst)), *range(EXTREMES + 1, EXTREMES + 1 + len(best))])  # a gap between the ends
     for shift, arm, colour in PAIR:
         accuracies = _accuracies(results, arm)
         curves.plot(np.arange(1, len(order) + 1), np.sort(accuracies[order]), color=colour, label=arm)

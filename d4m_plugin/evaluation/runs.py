@@ -156,6 +156,11 @@ class Trainings:
         cache = resolve_cache_dir(cache_dir)
         check_images(source, source.train(), "training images", source.fingerprint, cache, num_workers)
         arms.check(protocol.arms)
+        if len(protocol.learning_rates) > 1 and not self._spare:
+            raise InputError(
+                f"`learning_rates` has {len(protocol.learning_rates)}, but a class has as many distilled images as "
+                "real ones, so none is left to choose by; give one rate."
+            )
         self._teacher = teacher_digest(protocol.teacher)
         self._decides = {
             "source": [source.fingerprint, test_fingerprint(source, source.test()), list(source.classes)],
@@ -257,8 +262,15 @@ class Trainings:
         """Real training images, as many of each class, by which learning rates are chosen."""
         train = self.arms.source.train()
         smallest = int(np.bincount(np.asarray(train.targets)).min())
-        per_class = max(1, min(SLICE // len(self.arms.source.classes), smallest // 5))
+        per_class = max(1, min(SLICE // len(self.arms.source.classes), smallest // 5, self._spare))
         return at_most(train, per_class, seed_of(-1))  # a draw of its own, whatever the seeds of the arms
+
+    @property
+    def _spare(self) -> int:
+        """How many real training images each class has at least beside as many as are distilled."""
+        counts = np.asarray(self.arms.judged.counts)
+        targets = np.asarray(self.arms.source.train().targets)
+        return int((np.bincount(targets, minlength=len(counts)) - counts).min())
 
     @cached_property
     def _slice_squares(self) -> Tensor:

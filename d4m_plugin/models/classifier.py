@@ -1,5 +1,6 @@
 """The default student as a LightningModule."""
 
+import math
 from collections.abc import Iterable
 
 import lightning as L
@@ -86,12 +87,14 @@ class ImageClassifier(L.LightningModule):
         return logits.argmax(1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, and a cosine schedule over all steps of the run."""
+        """AdamW, and a cosine schedule over all steps of the run, of which a longer one that resumes has more."""
         optimizer = torch.optim.AdamW(decay_groups(self.parameters(), self.weight_decay), lr=self.lr)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise InputError("`max_steps` is -1 and `max_epochs` too, but a cosine schedule needs an end; set one.")
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, round(self.lr_smoothing * steps))
+        end = self.lr_smoothing * steps
+        # Not CosineAnnealingLR, whose end would come from the checkpoint.
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / end)) / 2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

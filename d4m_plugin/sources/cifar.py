@@ -9,6 +9,7 @@ import torchvision
 
 from d4m_plugin.errors import InputError
 from d4m_plugin.sources.base import LabelledImages, Source
+from d4m_plugin.units import in_turn
 
 
 class CIFAR10(Source):
@@ -34,15 +35,20 @@ class CIFAR10(Source):
         self.root, self.download = Path(root).expanduser(), download
 
     def _open(self, train: bool) -> torchvision.datasets.CIFAR10:
+        name = self.dataset.__name__
         try:
-            return self.dataset(self.root, train, download=self.download)
-        except OSError as error:
-            raise InputError(f"`download` is true, but {self.dataset.url} cannot be fetched: {error}") from error
+            return self.dataset(self.root, train)
         except RuntimeError as error:
-            raise InputError(
-                f"`root` is {str(self.root)!r}, where {self.dataset.__name__} is not; name its folder or set "
-                "`download` to true."
-            ) from error
+            if not self.download:
+                raise InputError(
+                    f"`root` is {str(self.root)!r}, where {name} is not; name its folder or set `download` to true."
+                ) from error
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with in_turn(self.root / name, f"downloads {name}"):
+                return self.dataset(self.root, train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"`download` is true, but {self.dataset.url} cannot be fetched: {error}") from error
 
     @cached_property
     def _train(self) -> torchvision.datasets.CIFAR10:

@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from d4m_plugin.cache import make_writable
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.sources.base import IndexedSource
 from d4m_plugin.sources.images import natural_size, picture_formats, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, imagenet_ids, readable
+from d4m_plugin.units import in_turn
 
 SHOWN_KINDS = 5
 TEST_FOLDERS = ("val", "validation", "test")
@@ -121,7 +123,10 @@ class TinyImageNet(ImageFolder):
         base = Path(root).expanduser()
         folder = base if (base / "wnids.txt").is_file() else base / "tiny-imagenet-200"
         if download and not folder.is_dir():
-            _download_tiny_imagenet(base)
+            make_writable(base, "root")
+            with in_turn(folder, "downloads Tiny-ImageNet"):
+                if not folder.is_dir():
+                    _download_tiny_imagenet(base)
         if not (folder / "wnids.txt").is_file():
             raise InputError(
                 f"`root` is {str(root)!r}, where Tiny-ImageNet is not; name its folder or set `download` to true."

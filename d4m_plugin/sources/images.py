@@ -125,10 +125,10 @@ def squares_of(
         chosen: the indices of those that are wanted, in this order; all by default.
     """
     chosen = range(len(images)) if chosen is None else chosen
-    squares = np.empty((len(chosen), size, size, 3), np.uint8)
+    squares = np.empty((len(chosen), 3, size, size), np.uint8)
     for place, index in enumerate(chosen):
-        squares[place] = np.asarray(_square(images[index][0], size, resize))
-    return torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous()
+        squares[place] = np.asarray(_square(images[index][0], size, resize)).transpose(2, 0, 1)
+    return torch.from_numpy(squares)
 
 
 def _square(image: Image.Image, size: int, resize: Resize) -> Image.Image:
