@@ -57,7 +57,7 @@ def stopped(squares, tmp_path, monkeypatch, small_blocks):
 
 
 def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(squares, tmp_path, stopped):
-    left = distillation.aside_of(stopped / "set") / "ipc-2"
+    left = distillation.aside_of(stopped / "set") / f"ipc-{kills.RECIPE.ipc}"
     left.mkdir(parents=True)
     (left / "half-written").touch()
     made = distill(squares, kills.RECIPE, output=tmp_path / "set")
