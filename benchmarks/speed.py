@@ -85,9 +85,15 @@ class Setting:
 
         return min(BATCHES, key=an_image)
 
+    def bring(self) -> None:
+        """Have what the stock pipeline calls on the device, where ours take turns."""
+        for part in (self.model.pipeline.text_encoder, self.model.pipeline.unet):
+            part.to(self.model.device)
+
     def denoise_bare(self, size: int, steps: int) -> None:
         """Run the denoiser alone, both halves of guidance in a pass."""
         pipeline, model = self.model.pipeline, self.model
+        self.bring()
         latents = self.latents[:1].expand(2 * size, *self.latents.shape[1:])
         text = pipeline.encode_prompt("0", model.device, 1, False)[0].expand(2 * size, -1, -1)
         with torch.inference_mode(), autocast(model.device, model.dtype):
@@ -128,6 +134,7 @@ class Setting:
     def synthesise_as_the_authors(self) -> None:
         """Make them by a call of the stock pipeline for each, its prompt given as text."""
         self.model.pipeline.set_progress_bar_config(disable=True)
+        self.bring()
         for latents, (label, index) in zip(self.latents, self.wanted, strict=True):
             with autocast(self.model.device, self.model.dtype):
                 self.model.pipeline(

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from d4m_plugin.console import OneSentenceErrors, log_to, table, to_the_user
@@ -84,6 +85,7 @@ def _call(command: str, args: list[str]) -> None:
 
     from d4m_plugin.commands import MANY, POSITIONAL, SHARED, function_of, rows_of
     from d4m_plugin.processes import on_all_devices
+    from d4m_plugin.progress import is_first
 
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
     if words and command in MANY:
@@ -104,8 +106,9 @@ def _call(command: str, args: list[str]) -> None:
     if log_file := options.pop("log_file"):
         log_to(log_file)
     devices, num_nodes = options.pop("devices", 1), options.pop("num_nodes", 1)
-    with on_all_devices(1 if options.get("dry_run") else devices, num_nodes) as first:
-        told = rows_of(function(**options))
+    alone = options.get("dry_run")
+    with nullcontext(is_first()) if alone else on_all_devices(devices, num_nodes) as first:
+        told = rows_of(function(**options)) if first or not alone else {}
     if first:
         print(table(told))
 

@@ -30,8 +30,8 @@ def distill_command(
     Args:
         output: the folder to make; by default one in the cache, named after source and recipe.
         source: the real images; scikit-learn's digits by default.
-        batch_size: images that the model takes at once; memory and speed, not the set, depend on it. Halved where
-            memory runs out.
+        batch_size: images that the model takes at once; memory and speed depend on it, the set but by rounding. Halved
+            where memory runs out.
         num_workers: processes that read real images.
         cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
         skip_bad_images: leave out images that cannot be read, and record which; by default they stop the work.

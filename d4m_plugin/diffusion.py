@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from d4m_plugin.cache import checksum
-from d4m_plugin.devices import autocast, compute_dtype, default_device
+from d4m_plugin.devices import Batches, autocast, compute_dtype, default_device
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import why_unread
 from d4m_plugin.mode_guidance import pulled_toward
@@ -113,6 +113,25 @@ class LatentDiffusion:
         unet = getattr(self.pipeline, "unet", None)
         knows_it = self._is_flux or (unet and unet.config.time_cond_proj_dim)
         return "negative_prompt_embeds" in self._takes and not knows_it
+
+    def check_steps(self, num_inference_steps: int, strength: float) -> None:
+        """Refuse steps that the schedule has not.
+
+        Raises:
+            InputError: where it has fewer; an LCM's has fewer still at less strength.
+        """
+        scheduler, told = self.pipeline.scheduler, f"`num_inference_steps` is {num_inference_steps}"
+        most = scheduler.config.get("num_train_timesteps", num_inference_steps)
+        if num_inference_steps > most:
+            raise InputError(f"{told}; the model's schedule has {most} steps.")
+        option = "original_inference_steps"
+        if option in inspect.signature(scheduler.set_timesteps).parameters:
+            try:
+                scheduler.set_timesteps(
+                    num_inference_steps, **({"strength": strength} if option in self._takes else {})
+                )
+            except ValueError as error:
+                raise InputError(f"{told}, too many for an LCM at `strength` {strength}: {error}") from error
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -262,7 +281,8 @@ class LatentDiffusion:
         together.
         """
         edge = latents.shape[-1] * self.pipeline.vae_scale_factor
-        return torch.cat([self._decode(few, size) for few in latents.split(max(1, DECODED_AT_ONCE // edge**2))])
+        batches = Batches(max(1, DECODED_AT_ONCE // edge**2))
+        return torch.cat(batches.run(lambda few: self._decode(latents[few], size), len(latents)))
 
     def _decode(self, latents: Tensor, size: int | None) -> Tensor:
         vae = self.pipeline.vae
@@ -370,7 +390,7 @@ def _add_lora(pipeline: Any, name: str) -> None:
         raise InputError(f"`lora` is {name!r}, which needs the package peft: `pip install peft`.")
     try:
         pipeline.load_lora_weights(name, use_safetensors=True)
-    except (OSError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of all kinds, for a file that is something else
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"`lora` is {name!r}, which is no LoRA of {type(pipeline).__name__}: {reason}") from error
     pipeline.fuse_lora()
@@ -385,6 +405,12 @@ def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
         kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
         if kind is None:
             raise InputError(f"`scheduler` is {name!r}; name a diffusers class such as DDIMScheduler or PNDMScheduler.")
+        if hasattr(kind, "scale_noise") != hasattr(
+            own, "scale_noise"
+        ):  # of models that flow, and of those that diffuse
+            raise InputError(
+                f"`scheduler` is {name!r}, which is not of the kind of the model's own, {type(own).__name__}."
+            )
     known = inspect.signature(kind.__init__).parameters
     for option in options:
         if option not in known:

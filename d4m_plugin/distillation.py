@@ -67,7 +67,7 @@ def distill(
         recipe: what to make; the paper's settings by default.
         output: the folder to make; by default one in the cache, named after source and recipe.
         cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
-        batch_size: images that the model takes at once; memory and speed, not the set, depend on it.
+        batch_size: images that the model takes at once; memory and speed depend on it, the set but by rounding.
         num_workers: processes that read real images.
         skip_bad_images: leave out images that cannot be read, and record which; by default they stop the work.
         keep_latents: keep what the VAE made of the real images in the cache (64 kB an image at 512 pixels), so that

@@ -160,10 +160,10 @@ def _choose(found: Sequence[str], config: str | None, root: str) -> str:
     if not found:
         raise InputError(f"{root!r} is not a distilled set: no d4m.json lies in a folder of it.")
     if config is None and len(found) > 1:
-        raise InputError(f"{root!r} holds several sets; name one as `config`: {', '.join(found)}.")
+        raise InputError(f"{root!r} holds several sets; name one as `config_name`: {', '.join(found)}.")
     config = config or found[0]
     if config not in found:
-        raise InputError(f"`config` is {config!r}, but {root!r} holds {', '.join(found)}.")
+        raise InputError(f"`config_name` is {config!r}, but {root!r} holds {', '.join(found)}.")
     if not CONFIG.fullmatch(config):
         raise InputError(f"{root!r} holds a set named {config!r}; rename it by letters, digits, `.`, `-` and `_`.")
     return config

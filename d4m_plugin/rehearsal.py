@@ -106,22 +106,27 @@ def _peak(device: torch.device) -> str:
 
 def _denoising(model: LatentDiffusion, starts: Tensor, prompt: str, recipe: ResolvedRecipe) -> tuple[float, float]:
     """Return the seconds of an image's step, and of all else that is done for an image."""
+    batches = Batches(len(starts))
 
-    def make(steps: int) -> Tensor:
+    def make(steps: int) -> None:
+        batches.run(partial(make_some, steps), len(starts))
+
+    def make_some(steps: int, some: slice) -> Tensor:
+        indices = range(len(starts))[some]
         denoised = model.denoise(
-            starts,
-            [prompt] * len(starts),
-            [generator_of(recipe.seed, 0, index) for index in range(len(starts))],
+            starts[some],
+            [prompt] * len(indices),
+            [generator_of(recipe.seed, 0, index) for index in indices],
             strength=1.0,
             guidance_scale=recipe.guidance_scale,
             num_inference_steps=steps,
         )
         return model.decode(denoised, recipe.image_size)
 
-    make(1)  # the first of all is slow
-    few, more = _seconds(partial(make, 1)), _seconds(partial(make, 3))
+    make(2)  # the first of all is slow, and finds how many images the memory holds
+    few, more = _seconds(partial(make, 2)), _seconds(partial(make, 4))  # PNDM makes a pass more of all but 1
     step = max(more - few, 0) / 2
-    return step / len(starts), max(few - step, 0) / len(starts)
+    return step / len(starts), max(few - 2 * step, 0) / len(starts)
 
 
 def _seconds(work: Callable[[], Any]) -> float:

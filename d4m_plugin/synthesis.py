@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d4m_plugin.devices import Batches, default_device
 from d4m_plugin.diffusion import LatentDiffusion, embedded_prompts
-from d4m_plugin.errors import InputError, InputWarning
+from d4m_plugin.errors import InputWarning
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import ResolvedRecipe
 from d4m_plugin.seeding import generator_of, seed_of
@@ -21,7 +21,7 @@ def open_model(recipe: ResolvedRecipe, compile: bool = False) -> LatentDiffusion
     """Return the model that a recipe names.
 
     Raises:
-        InputError: where there is no such model, or its schedule has fewer steps than the recipe.
+        InputError: where there is no such model, or its schedule has not the recipe's steps.
     """
     model = LatentDiffusion(
         recipe.diffusion,
@@ -32,11 +32,7 @@ def open_model(recipe: ResolvedRecipe, compile: bool = False) -> LatentDiffusion
         recipe.lora,
         compile=compile,
     )
-    most = model.pipeline.scheduler.config.get("num_train_timesteps", recipe.num_inference_steps)
-    if recipe.num_inference_steps > most:
-        raise InputError(
-            f"`num_inference_steps` is {recipe.num_inference_steps}; the model's schedule has {most} steps."
-        )
+    model.check_steps(recipe.num_inference_steps, recipe.strength)
     return model
 
 

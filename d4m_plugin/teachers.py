@@ -293,7 +293,11 @@ def save_teacher(checkpoint: Path, output: Path) -> None:
     """Write the student of a checkpoint (`train_on: real`) as a teacher: half precision, without the optimiser."""
     student, data, weights = _student_of(checkpoint)
     metadata = {"student": json.dumps(student), "data": json.dumps(data)}
-    save_file({name: weight.half() for name, weight in weights.items()}, output, metadata)
+    save_file({name: _in(torch.float16, weight) for name, weight in weights.items()}, output, metadata)
+
+
+def _in(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    return weight.to(dtype) if weight.is_floating_point() else weight  # as Swin's table of positions is not
 
 
 def _student_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
@@ -325,7 +329,7 @@ def _build(student: dict[str, Any], data: dict[str, Any], weights: dict[str, Ten
             raise ValueError(fault or f"{len(data['classes'])} names for {student['num_classes']} classes")
         with torch.device("meta"):
             model = create_student(student["student"], student["num_classes"], student["image_size"])
-        model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
+        model.load_state_dict({name: _in(torch.float32, weight) for name, weight in weights.items()}, assign=True)
         return Teacher(model, data["classes"], student["image_size"], data["mean"], data["std"])
     except (AttributeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.seed import isolate_rng
+from torchmetrics import Metric
 
 from d4m_plugin.cache import written_whole
 from d4m_plugin.callbacks import RunProgress
@@ -51,6 +52,9 @@ def train_teacher(source: Source, output: Path, cache_dir: str | Path | None = N
         torch.manual_seed(0)  # Lightning's seed_everything would outlast this, in the environment
         data = D4MDataModule(source, train_on="real", batch_size=BATCH, cache_dir=cache_dir)
         module = ImageClassifier(data.num_classes, data.image_size)
+        for part in module.modules():
+            if isinstance(part, Metric):  # of this process: the others of a process group wait for its end
+                part.distributed_available_fn = lambda: False
         trainer = L.Trainer(
             max_steps=max(LEAST_STEPS, EPOCHS * len(source.train()) // BATCH),
             devices=this_device(),  # once, even where several processes train the student

@@ -290,6 +290,16 @@ def test_a_dry_run_counts_and_makes_nothing(run, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dry_run_is_of_one_process_whoever_started_it(run, monkeypatch, rank):
+    launched = {"TORCHELASTIC_RUN_ID": "run", "WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    for name, value in (launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)}).items():
+        monkeypatch.setenv(name, value)
+    status, out, err = run("distill", "--dry_run", "true", "--num_inference_steps", "2", "--ipc", "1")
+    assert status == 0, err
+    assert ("images to make" in out) == (rank == 0)
+
+
 def test_a_preview_shows_prototypes_and_images_of_a_few_classes(run, tmp_path):
     seen = tmp_path / "pictures" / "seen.png"  # in a folder that is not there yet
     words = ["--output", seen, "--num_inference_steps", "2", "--classes", "2", "--images", "3"]

@@ -653,7 +653,7 @@ class TestDistilledDataset:
             DistilledDataset(tmp_path)
 
     def test_an_unknown_config_is_named(self, squares):
-        with pytest.raises(InputError, match=r"`config` is 'ipc-9', but .* holds ipc-4"):
+        with pytest.raises(InputError, match=r"`config_name` is 'ipc-9', but .* holds ipc-4"):
             DistilledDataset(distill(squares, RECIPE).root, "ipc-9")
 
     def test_damaged_files_are_named(self, squares):

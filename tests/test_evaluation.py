@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -443,6 +444,15 @@ def test_all_arms_of_a_seed_start_from_the_same_weights_and_randomness(arms, tmp
     all_arms = ("herding", "confident", "nearest", "decoded", "generated", "reconstructed", "real")
     results(arms, protocol(arms=all_arms), tmp_path / "runs")
     assert [len(states) for states in starts.values()] == [1, 1]  # one for each of two seeds
+
+
+def test_one_of_several_sets_is_named_by_its_folder(squares, tmp_path):
+    for ipc in (1, 2):
+        made = distill(squares, Recipe(ipc=ipc, **CHEAP))
+        shutil.copytree(made.folder, tmp_path / "sets" / made.folder.name)
+    with pytest.raises(InputError, match="holds several sets; name one as `config_name`: ipc-1, ipc-2"):
+        open_set(str(tmp_path / "sets"), squares)
+    assert [open_set(str(tmp_path / "sets" / f"ipc-{ipc}"), squares).ipc for ipc in (1, 2)] == [1, 2]
 
 
 def test_as_many_real_images_of_each_class_are_drawn_as_an_uneven_set_has(squares, tmp_path):

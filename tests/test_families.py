@@ -6,9 +6,12 @@ from diffusers import AutoPipelineForImage2Image, StableDiffusionPipeline
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
-from d4m_plugin import InputError, LatentDiffusion
+import d4m_plugin.rehearsal as rehearsal
+from d4m_plugin import InputError, LatentDiffusion, Recipe
 from d4m_plugin.seeding import generator_of
+from d4m_plugin.synthesis import open_model
 from tests import families
+from tests.toys import Squares
 
 PROMPTS = ["a cat", "a dog", "a cat"]
 SCHEDULERS = [
@@ -125,6 +128,63 @@ def test_an_sdxl_vae_may_have_a_mean_and_a_deviation_by_channel(folder):
 def test_the_resolution_is_the_models(folder, family):
     expected = 256 if family == "flux" else 16  # of FLUX, the pipeline's: 128 latents
     assert LatentDiffusion(folder(family)).resolution == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler"),
+    [("sd3", "DDIMScheduler"), ("flux", "PNDMScheduler"), ("sd", "FlowMatchEulerDiscreteScheduler")],
+)
+def test_a_scheduler_of_another_kind_is_refused(folder, family, scheduler):
+    with pytest.raises(InputError, match=f"`scheduler` is '{scheduler}', which is not of the kind of the model's own"):
+        LatentDiffusion(folder(family), scheduler=scheduler)
+
+
+def test_steps_that_a_schedule_has_not_are_refused(folder):
+    lcm = LatentDiffusion(folder("lcm"))
+    lcm.check_steps(35, 0.7)
+    with pytest.raises(InputError, match=r"`num_inference_steps` is 50, too many for an LCM at `strength` 0\.7"):
+        lcm.check_steps(50, 0.7)
+    with pytest.raises(InputError, match="`num_inference_steps` is 1001; the model's schedule has 1000 steps"):
+        LatentDiffusion(folder("sd")).check_steps(1001, 0.7)
+
+
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "DDIMScheduler", "HeunDiscreteScheduler"])
+def test_a_dry_run_counts_the_passes_that_are_made(folder, scheduler, monkeypatch):
+    recipe = Recipe(diffusion=folder("sd"), scheduler=scheduler, num_inference_steps=20).resolved(Squares())
+    model, passes = open_model(recipe), []
+    model.pipeline.unet.register_forward_hook(lambda *_: passes.append(1))
+
+    def counted(work):
+        passes.clear()
+        work()
+        return len(passes)
+
+    monkeypatch.setattr(rehearsal, "_seconds", counted)
+    step, once = rehearsal._denoising(model, starts(model)[:1], "a cat", recipe)
+    made = counted(lambda: model.denoise(starts(model)[:1], ["a cat"], [generator_of(0)], num_inference_steps=20))
+    assert recipe.steps * step + once == pytest.approx(made, abs=1)
+
+
+def test_a_dry_run_makes_do_with_the_memory_that_there_is(folder, monkeypatch):
+    recipe, tried = Recipe(diffusion=folder("sd")).resolved(Squares()), []
+    model, denoise, decode = open_model(recipe), LatentDiffusion.denoise, LatentDiffusion._decode
+
+    def for_two(self, latents, *args, **options):
+        tried.append(len(latents))
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError
+        return denoise(self, latents, *args, **options)
+
+    def for_one(self, latents, size):
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError
+        return decode(self, latents, size)
+
+    monkeypatch.setattr(LatentDiffusion, "denoise", for_two)
+    monkeypatch.setattr(LatentDiffusion, "_decode", for_one)
+    step, _ = rehearsal._denoising(model, torch.cat([starts(model)] * 2), "a cat", recipe)
+    assert step > 0
+    assert tried == [6, 3, *[2] * 9]
 
 
 def test_a_schedulers_options_are_taken_or_refused(folder):

@@ -24,9 +24,10 @@ def test_students_take_small_images(name):
         assert student(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
 
-def test_a_student_that_an_image_is_too_small_for_is_named():
-    with pytest.raises(InputError, match="`student` is 'inception_v3', which cannot take images of 32 pixels"):
-        create_student("inception_v3", 7, 32)
+@pytest.mark.parametrize(("name", "size"), [("inception_v3", 32), ("vit_b_16", 28), ("inception_v3", 72)])
+def test_a_student_that_an_image_does_not_suit_is_named(name, size):
+    with pytest.raises(InputError, match=f"`student` is '{name}', which cannot take images of {size} pixels"):
+        create_student(name, 7, size)
 
 
 @pytest.mark.parametrize(("size", "edge"), [(32, 4), (64, 8), (224, 7)])

@@ -118,7 +118,7 @@ def test_a_record_that_is_no_record_is_damaged(made, content):
 @pytest.mark.parametrize("config", ["../../x", "/etc", "ipc-2\0", "..", "*", ""])
 def test_a_config_names_a_folder_of_the_set_alone(made, config):
     if config:
-        with pytest.raises(InputError, match=r"`config` is .* holds ipc-2"):
+        with pytest.raises(InputError, match=r"`config_name` is .* holds ipc-2"):
             DistilledDataset(made.root, config)
     with pytest.raises(InputError, match=r"not a distilled set|no name of the Hub"):
         DistilledDataset("me\0/you" if config else "a\0b")

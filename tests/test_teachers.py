@@ -10,6 +10,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Teacher
 from d4m_plugin.sources.names import imagenet_ids, match_classes, readable, wordnet
 from d4m_plugin.teachers import check_above_chance, load_teacher, save_teacher
+from d4m_plugin.teaching import train_teacher
 from tests.toys import Squares
 
 
@@ -99,6 +100,29 @@ def test_few_images_are_enough_for_a_good_teacher():
     good = Teacher(nn.Sequential(ByColour(), nn.Linear(3, 2)), source.classes, 16, (0, 0, 0), (1, 1, 1))
     good.model[1].weight.data, good.model[1].bias.data = torch.eye(2, 3), torch.zeros(2)
     assert check_above_chance(good, source).startswith("names 100% of 8 ")
+
+
+def test_a_teacher_is_trained_alone_where_others_wait_for_it(tmp_path, monkeypatch):
+    """As where `fit` runs on several devices: they form a process group, and one trains while the others wait."""
+    monkeypatch.setattr("d4m_plugin.teaching.LEAST_STEPS", 3)
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    monkeypatch.setattr("torchmetrics.metric.gather_all_tensors", lambda *_: pytest.fail("it waits for the others"))
+    train_teacher(Squares(), tmp_path / "teacher.safetensors")
+    assert load_teacher(str(tmp_path / "teacher.safetensors"), Squares()).classes == list(Squares().classes)
+
+
+def test_what_is_no_number_of_a_teacher_stays_whole(tmp_path):
+    """Swin's attention looks its positions up by whole numbers."""
+    module = ImageClassifier(3, image_size=32, student="swin_t")
+    trainer = L.Trainer(max_steps=0, logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(module, datamodule=D4MDataModule(Squares(), train_on="real", image_size=32))
+    trainer.save_checkpoint(tmp_path / "teacher.ckpt")
+    save_teacher(tmp_path / "teacher.ckpt", tmp_path / "teacher.safetensors")
+    images, module = torch.rand(2, 3, 32, 32), module.eval()
+    for file in ("teacher.ckpt", "teacher.safetensors"):
+        found = load_teacher(str(tmp_path / file), Squares())
+        with torch.no_grad():
+            torch.testing.assert_close(found.model(images), module(images), atol=1e-2, rtol=1e-2)
 
 
 @pytest.fixture

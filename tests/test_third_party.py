@@ -125,6 +125,9 @@ def test_a_lora_is_added_to_the_model(tmp_path):
     assert not torch.allclose(denoised(), expected, atol=1e-2)
     with pytest.raises(InputError, match="`lora` is '/nowhere', which is no LoRA of StableDiffusionImg2ImgPipeline"):
         denoised(lora="/nowhere")
+    (tmp_path / "pickled.bin").write_bytes(b"no weights")
+    with pytest.raises(InputError, match=r"`lora` is '.*pickled\.bin', which is no LoRA"):
+        denoised(lora=str(tmp_path / "pickled.bin"))
 
 
 def test_a_lora_needs_peft(tmp_path, monkeypatch):

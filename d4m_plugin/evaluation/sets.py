@@ -78,9 +78,9 @@ def open_set(name: str, source: Source, config_name: str | None = None) -> Judge
     """Return a distilled set of a source.
 
     Args:
-        name: a folder of ours; a dataset repository of the Hub, as user/name, ours or another's; a folder that has one
-            of images for each class; or a .pt file of a dict of `images`, uint8 or float in [0, 1], shape (N, 3, H, W),
-            and `labels`, int64, shape (N,), or of the two as a pair.
+        name: a folder of ours, or that of one of several sets in it; a dataset repository of the Hub, as user/name,
+            ours or another's; a folder that has one of images for each class; or a .pt file of a dict of `images`,
+            uint8 or float in [0, 1], shape (N, 3, H, W), and `labels`, int64, shape (N,), or of the two as a pair.
         source: the real images that it was distilled from.
         config_name: which of several sets.
 
@@ -99,6 +99,8 @@ def open_set(name: str, source: Source, config_name: str | None = None) -> Judge
         return ours(found, source)
     if not path.is_dir():
         return _of_a_file(path, source)
+    if (path / "d4m.json").is_file():
+        path, config_name = path.resolve().parent, path.resolve().name
     if any(path.glob("*/d4m.json")):
         return ours(DistilledDataset(path.resolve(), config_name), source)
     try:

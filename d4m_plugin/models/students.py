@@ -35,20 +35,15 @@ def create_student(name: str, num_classes: int, image_size: int) -> nn.Module:
         options["image_size"] = image_size
     if name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True}
-    student: nn.Module = torchvision.models.get_model(name, weights=None, **options)
-    if image_size <= SMALL_IMAGE:
-        _keep_small_images(student)
-        _check_it_takes(student, name, image_size)
-    return student
-
-
-def _check_it_takes(student: nn.Module, name: str, image_size: int) -> None:
     try:
+        student: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+        if image_size <= SMALL_IMAGE:
+            _keep_small_images(student)
         with torch.no_grad():
             student.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"`student` is {name!r}, which cannot take images of {image_size} pixels: {error}") from error
-    student.train()
+    return student.train()
 
 
 def _keep_small_images(student: nn.Module) -> None:
