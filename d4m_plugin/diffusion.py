@@ -118,20 +118,20 @@ class LatentDiffusion:
         """Refuse steps that the schedule has not.
 
         Raises:
-            InputError: where it has fewer; an LCM's has fewer still at less strength.
+            InputError: where it has fewer, or cannot make as few; an LCM's has fewer at less strength.
         """
         scheduler, told = self.pipeline.scheduler, f"`num_inference_steps` is {num_inference_steps}"
         most = scheduler.config.get("num_train_timesteps", num_inference_steps)
         if num_inference_steps > most:
             raise InputError(f"{told}; the model's schedule has {most} steps.")
-        option = "original_inference_steps"
-        if option in inspect.signature(scheduler.set_timesteps).parameters:
-            try:
-                scheduler.set_timesteps(
-                    num_inference_steps, **({"strength": strength} if option in self._takes else {})
-                )
-            except ValueError as error:
-                raise InputError(f"{told}, too many for an LCM at `strength` {strength}: {error}") from error
+        if "mu" in inspect.signature(scheduler.set_timesteps).parameters:
+            return  # a flow's, which takes any number, and what the pipeline makes of the image's size
+        options = {"strength": strength} if "original_inference_steps" in self._takes else {}
+        try:
+            scheduler.set_timesteps(num_inference_steps, **options)
+        except (ValueError, IndexError) as error:
+            kind = type(scheduler).__name__
+            raise InputError(f"{told}, which {kind} cannot make at `strength` {strength}: {error}") from error
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:

@@ -123,10 +123,12 @@ def _denoising(model: LatentDiffusion, starts: Tensor, prompt: str, recipe: Reso
         )
         return model.decode(denoised, recipe.image_size)
 
-    make(2)  # the first of all is slow, and finds how many images the memory holds
-    few, more = _seconds(partial(make, 2)), _seconds(partial(make, 4))  # PNDM makes a pass more of all but 1
-    step = max(more - few, 0) / 2
-    return step / len(starts), max(few - 2 * step, 0) / len(starts)
+    # PNDM makes passes more, of all numbers of steps but the least; of those by Runge and Kutta 4 are the least.
+    least = 2 if model.pipeline.scheduler.config.get("skip_prk_steps", True) else 4
+    make(least)  # the first of all is slow, and finds how many images the memory holds
+    few, more = _seconds(partial(make, least)), _seconds(partial(make, 2 * least))
+    step = max(more - few, 0) / least
+    return step / len(starts), max(few - least * step, 0) / len(starts)
 
 
 def _seconds(work: Callable[[], Any]) -> float:

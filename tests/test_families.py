@@ -142,8 +142,12 @@ def test_a_scheduler_of_another_kind_is_refused(folder, family, scheduler):
 def test_steps_that_a_schedule_has_not_are_refused(folder):
     lcm = LatentDiffusion(folder("lcm"))
     lcm.check_steps(35, 0.7)
-    with pytest.raises(InputError, match=r"`num_inference_steps` is 50, too many for an LCM at `strength` 0\.7"):
+    with pytest.raises(
+        InputError, match=r"`num_inference_steps` is 50, which LCMScheduler cannot make at `strength` 0\.7"
+    ):
         lcm.check_steps(50, 0.7)
+    with pytest.raises(InputError, match="`num_inference_steps` is 3, which PNDMScheduler cannot make"):
+        LatentDiffusion(folder("sd"), scheduler="PNDMScheduler").check_steps(3, 0.7)
     with pytest.raises(InputError, match="`num_inference_steps` is 1001; the model's schedule has 1000 steps"):
         LatentDiffusion(folder("sd")).check_steps(1001, 0.7)
 

@@ -92,7 +92,7 @@ class ImageClassifier(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise InputError("`max_steps` is -1 and `max_epochs` too, but a cosine schedule needs an end; set one.")
-        end = self.lr_smoothing * steps
+        end = max(1, self.lr_smoothing * steps)
         # Not CosineAnnealingLR, whose end would come from the checkpoint.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / end)) / 2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
