@@ -38,10 +38,17 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
         raise KeyboardInterrupt from error
 
 
+class _DataOfOneProcess(D4MDataModule):
+    """Real images, without the hook at which Lightning has all processes of a group meet."""
+
+    prepare_data = L.LightningDataModule.prepare_data
+
+
 def train_teacher(source: Source, output: Path, cache_dir: str | Path | None = None) -> None:
     """Train the default student on all real images and their labels, and write it as a teacher.
 
-    The same as `train_on: real` with the default model. The random state of the caller stays as it is.
+    The same as `train_on: real` with the default model. The random state of the caller stays as it is. Where the caller
+    is one of a process group, as on several devices, the others wait for the file: so nothing here waits for them.
 
     Args:
         source: the real images.
@@ -50,10 +57,10 @@ def train_teacher(source: Source, output: Path, cache_dir: str | Path | None = N
     """
     with isolate_rng():
         torch.manual_seed(0)  # Lightning's seed_everything would outlast this, in the environment
-        data = D4MDataModule(source, train_on="real", batch_size=BATCH, cache_dir=cache_dir)
+        data = _DataOfOneProcess(source, train_on="real", batch_size=BATCH, cache_dir=cache_dir)
         module = ImageClassifier(data.num_classes, data.image_size)
         for part in module.modules():
-            if isinstance(part, Metric):  # of this process: the others of a process group wait for its end
+            if isinstance(part, Metric):
                 part.distributed_available_fn = lambda: False
         trainer = L.Trainer(
             max_steps=max(LEAST_STEPS, EPOCHS * len(source.train()) // BATCH),

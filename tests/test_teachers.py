@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -10,7 +13,6 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Teacher
 from d4m_plugin.sources.names import imagenet_ids, match_classes, readable, wordnet
 from d4m_plugin.teachers import check_above_chance, load_teacher, save_teacher
-from d4m_plugin.teaching import train_teacher
 from tests.toys import Squares
 
 
@@ -102,12 +104,34 @@ def test_few_images_are_enough_for_a_good_teacher():
     assert check_above_chance(good, source).startswith("names 100% of 8 ")
 
 
-def test_a_teacher_is_trained_alone_where_others_wait_for_it(tmp_path, monkeypatch):
-    """As where `fit` runs on several devices: they form a process group, and one trains while the others wait."""
-    monkeypatch.setattr("d4m_plugin.teaching.LEAST_STEPS", 3)
-    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
-    monkeypatch.setattr("torchmetrics.metric.gather_all_tensors", lambda *_: pytest.fail("it waits for the others"))
-    train_teacher(Squares(), tmp_path / "teacher.safetensors")
+TRAINS_OR_WAITS = """
+import sys, time
+from pathlib import Path
+import torch
+import d4m_plugin.teaching
+from tests.toys import Squares
+
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+d4m_plugin.teaching.LEAST_STEPS = 3
+if rank == 0:
+    d4m_plugin.teaching.train_teacher(Squares(), folder / "teacher.safetensors")
+while not (folder / "teacher.safetensors").exists():
+    time.sleep(0.1)
+"""
+
+
+def test_a_teacher_is_trained_by_one_process_while_the_other_waits(tmp_path):
+    """As where `fit` runs on several devices: they form a process group."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", TRAINS_OR_WAITS, str(tmp_path)]
+    both = [subprocess.Popen([*command, rank], env=environment, stderr=subprocess.PIPE, text=True) for rank in "01"]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], said
     assert load_teacher(str(tmp_path / "teacher.safetensors"), Squares()).classes == list(Squares().classes)
 
 
