@@ -405,9 +405,8 @@ def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
         kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
         if kind is None:
             raise InputError(f"`scheduler` is {name!r}; name a diffusers class such as DDIMScheduler or PNDMScheduler.")
-        if hasattr(kind, "scale_noise") != hasattr(
-            own, "scale_noise"
-        ):  # of models that flow, and of those that diffuse
+        flows = [hasattr(each, "scale_noise") for each in (kind, own)]  # rather than diffuses
+        if flows[0] != flows[1]:
             raise InputError(
                 f"`scheduler` is {name!r}, which is not of the kind of the model's own, {type(own).__name__}."
             )

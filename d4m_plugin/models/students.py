@@ -39,8 +39,8 @@ def create_student(name: str, num_classes: int, image_size: int) -> nn.Module:
         student: nn.Module = torchvision.models.get_model(name, weights=None, **options)
         if image_size <= SMALL_IMAGE:
             _keep_small_images(student)
-        with torch.no_grad():
-            student.eval()(torch.zeros(1, 3, image_size, image_size))
+            with torch.no_grad():
+                student.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"`student` is {name!r}, which cannot take images of {image_size} pixels: {error}") from error
     return student.train()
