@@ -153,10 +153,10 @@ def test_the_card_says_how_to_load_and_what_is_inside(squares):
 
 
 def test_an_error_of_reading_is_not_called_one_of_writing(squares, monkeypatch):
-    def broken(self, index):
+    def broken(*_):
         raise OSError("broken image")
 
-    monkeypatch.setattr("tests.toys._Squares.__getitem__", broken)
+    monkeypatch.setattr("d4m_plugin.encoding.squares_of", broken)  # since the first pass
     with pytest.raises(OSError, match="broken image"):
         distill(squares, RECIPE)
 
