@@ -110,7 +110,7 @@ def to_pixels(image: Image.Image, size: int, resize: Resize = "crop") -> Tensor:
         size: edge in pixels.
         resize: `crop` keeps the shape and cuts the middle square out; `squash` keeps all and changes the shape.
     """
-    return torch.from_numpy(np.array(_square(image, size, resize))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(_square(image, size, resize).copy())
 
 
 def squares_of(
@@ -127,19 +127,20 @@ def squares_of(
     chosen = range(len(images)) if chosen is None else chosen
     squares = np.empty((len(chosen), 3, size, size), np.uint8)
     for place, index in enumerate(chosen):
-        squares[place] = np.asarray(_square(images[index][0], size, resize)).transpose(2, 0, 1)
+        squares[place] = _square(images[index][0], size, resize)
     return torch.from_numpy(squares)
 
 
-def _square(image: Image.Image, size: int, resize: Resize) -> Image.Image:
+def _square(image: Image.Image, size: int, resize: Resize) -> np.ndarray:
+    """Return a view of a picture's bytes, shape (3, size, size), to be copied."""
     image = image if image.mode == "RGB" else image.convert("RGB")
     width, height = image.size
-    if width == height == size:
-        return image
-    edge = min(width, height)
-    left, top = (width - edge) / 2, (height - edge) / 2
-    box = (left, top, left + edge, top + edge) if resize == "crop" else (0, 0, width, height)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box)
+    if not width == height == size:
+        edge = min(width, height)
+        left, top = (width - edge) / 2, (height - edge) / 2
+        box = (left, top, left + edge, top + edge) if resize == "crop" else (0, 0, width, height)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def natural_size(images: LabelledImages) -> int:
