@@ -32,11 +32,12 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.latent_training import AutoencoderTraining, DenoiserTraining, train
 from d4m_plugin.progress import Progress
 from d4m_plugin.sources import Digits, Source
-from d4m_plugin.sources.images import to_pixels
+from d4m_plugin.sources.images import squares_of
 
 LATENT_CHANNELS = 4  # what diffusers' image-to-image pipelines take as latents (SD and SDXL)
 TEXT_LENGTH = 77  # tokens, CLIP's own
 SCALE_SAMPLE = 5000  # images by which the latents' scale is measured
+READ_AT_ONCE = 1000  # images between two looks at the progress
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -76,8 +77,10 @@ def _images(source: Source, size: int) -> tuple[Tensor, Tensor]:
     """Return the training images, uint8 (N, 3, size, size), and their labels, int64 (N,)."""
     train = source.train()
     images = torch.empty(len(train), 3, size, size, dtype=torch.uint8)
-    for index in Progress("Reading", len(train), iterable=range(len(train))):
-        images[index] = to_pixels(train[index][0], size)
+    with Progress("Reading", len(train)) as progress:
+        for part in torch.arange(len(train)).split(READ_AT_ONCE):
+            images[part] = squares_of(train, size, chosen=part.tolist())
+            progress.update(len(part))
     return images, torch.as_tensor(train.targets)
 
 
@@ -85,11 +88,11 @@ def _images(source: Source, size: int) -> tuple[Tensor, Tensor]:
 def _latents(vae: AutoencoderKL, images: Tensor, batch_size: int) -> Tensor:
     device = default_device()
     vae.to(device)
-    with autocast(device, compute_dtype(device)):
-        means = [
-            vae.encode(batch.to(device).float() / 127.5 - 1).latent_dist.mean.float().cpu()
-            for batch in images.split(batch_size)
-        ]
+    means = []
+    with autocast(device, compute_dtype(device)), Progress("Encoding", len(images)) as progress:
+        for batch in images.split(batch_size):
+            means.append(vae.encode(batch.to(device).float() / 127.5 - 1).latent_dist.mean.float().cpu())
+            progress.update(len(batch))
     vae.cpu()
     return torch.cat(means)
 
