@@ -301,6 +301,12 @@ def test_of_two_that_would_download_one_does(tmp_path, monkeypatch, address, cif
     assert len(times) == 1
 
 
+@pytest.mark.parametrize("source", [CIFAR10, TinyImageNet])
+def test_a_root_that_cannot_be_written_is_no_failed_download(source):
+    with pytest.raises(InputError, match="`root` is '/dev/null/data', which cannot be written"):
+        source("/dev/null/data", download=True).train()
+
+
 @pytest.mark.parametrize(("source", "name"), [(CIFAR10, "CIFAR10"), (CIFAR100, "CIFAR100")])
 def test_cifar_that_is_not_there_is_named(tmp_path, source, name):
     with pytest.raises(InputError, match=f"where {name} is not; name its folder or set `download` to true"):

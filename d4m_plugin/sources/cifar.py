@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torchvision
 
+from d4m_plugin.cache import make_writable
 from d4m_plugin.errors import InputError
 from d4m_plugin.sources.base import LabelledImages, Source
 from d4m_plugin.units import in_turn
@@ -43,8 +44,8 @@ class CIFAR10(Source):
                 raise InputError(
                     f"`root` is {str(self.root)!r}, where {name} is not; name its folder or set `download` to true."
                 ) from error
+        make_writable(self.root, "root")
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
             with in_turn(self.root / name, f"downloads {name}"):
                 return self.dataset(self.root, train, download=True)
         except (OSError, RuntimeError) as error:
