@@ -346,7 +346,7 @@ def _load_vae(name: str, own: Any) -> Any:
     import diffusers
 
     try:
-        vae = diffusers.AutoModel.from_pretrained(name, torch_dtype=own.dtype, use_safetensors=True)
+        vae = diffusers.AutoModel.from_pretrained(name, dtype=own.dtype, use_safetensors=True)
     except Exception as error:  # likewise
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"`vae` is {name!r}, which is no loadable VAE: {reason}") from error
