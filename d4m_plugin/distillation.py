@@ -92,7 +92,8 @@ def distill(
         folder = Path(output).resolve()
         if folder.is_file():
             raise InputError(f"`output` is {str(output)!r}, which is a file; name a folder.")
-        make_writable(folder.parent, "output")
+        if not _is_finished(folder):
+            make_writable(folder.parent, "output")
     else:
         folder = cache / "sets" / f"{source.name}-{resolved.config_name}-{fingerprint}"
         folder.parent.mkdir(exist_ok=True)

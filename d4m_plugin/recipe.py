@@ -185,7 +185,9 @@ def _read_names(given: dict[Any, Any] | str) -> dict[str, str]:
     option = f"`class_names` is {shown(given)}, which"
     if isinstance(given, str):
         try:
-            names = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
+            # A mapping whose values are no names comes as text, too.
+            is_mapping = given.lstrip().startswith("{")
+            names = yaml.safe_load(given if is_mapping else Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
             raise InputError(f"{option} cannot be read ({reason}).") from error

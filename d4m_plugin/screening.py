@@ -1,6 +1,7 @@
 """The first pass over real images: files that cannot be read are found before the long work."""
 
 import hashlib
+import warnings
 from functools import cached_property
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d4m_plugin.cache import resolve_cache_dir, written_whole
 from d4m_plugin.checking import check_least
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.progress import Progress
 from d4m_plugin.sources import Digits, LabelledImages, Source
 from d4m_plugin.subsets import Chosen
@@ -128,6 +129,9 @@ class WithoutBadImages(Source):
         source: the source.
         cache: the cache folder, where the list of them is kept.
         num_workers: processes that read images in the first pass.
+
+    Warns:
+        InputWarning: where some are left out, when the images are first asked for.
     """
 
     def __init__(self, source: Source, cache: Path, num_workers: int = 0) -> None:
@@ -149,12 +153,12 @@ class WithoutBadImages(Source):
 
     @cached_property
     def _train(self) -> tuple[Chosen, list[str]]:
-        return self._without_bad(self.source.train(), self.source.fingerprint)
+        return self._without_bad(self.source.train(), "training images", self.source.fingerprint)
 
     @cached_property
     def _test(self) -> LabelledImages:
         images = self.source.test()
-        return self._without_bad(images, test_fingerprint(self.source, images))[0]
+        return self._without_bad(images, "test images", test_fingerprint(self.source, images))[0]
 
     @property
     def skipped(self) -> list[str]:
@@ -174,8 +178,11 @@ class WithoutBadImages(Source):
         stored: np.ndarray = np.asarray(self.source.stored_bytes())[self._train[0].indices]
         return stored
 
-    def _without_bad(self, images: LabelledImages, fingerprint: str) -> tuple[Chosen, list[str]]:
-        bad, _ = find_bad(images, fingerprint, self.cache, self.num_workers)
+    def _without_bad(self, images: LabelledImages, what: str, fingerprint: str) -> tuple[Chosen, list[str]]:
+        bad, file = find_bad(images, fingerprint, self.cache, self.num_workers)
+        if bad:
+            sentence = f"{len(bad)} of {len(images)} {what} cannot be read and are left out; {str(file)!r} lists them."
+            warnings.warn(sentence, InputWarning, stacklevel=2)
         good = torch.ones(len(images), dtype=torch.bool)
         good[list(bad)] = False
         return Chosen(images, good.nonzero().flatten()), list(bad.values())

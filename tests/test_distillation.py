@@ -617,6 +617,12 @@ def test_a_folder_of_another_set_is_not_overwritten(squares, tmp_path):
         distill(squares, dataclasses.replace(RECIPE, seed=1), output=tmp_path / "set")
 
 
+def test_a_finished_set_is_found_where_nothing_can_be_written(squares, tmp_path, monkeypatch):
+    made = distill(squares, RECIPE, output=tmp_path / "set")
+    monkeypatch.setattr(distillation, "make_writable", lambda *_: pytest.fail("tried to write"))
+    assert distill(squares, RECIPE, output=tmp_path / "set").root == made.root
+
+
 def test_a_cache_that_cannot_be_written_is_named_before_any_work(squares, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(synthesis, "LatentDiffusion", None)

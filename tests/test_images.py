@@ -43,6 +43,7 @@ PALETTE_CLEAR.info["transparency"] = 1
         (GREY_16, "PNG", (128, 128, 128)),
         (GREY_16, "TIFF", (128, 128, 128)),
         (Image.new("I", (3, 2), 65535), "TIFF", (255, 255, 255)),
+        (Image.new("I", (3, 2), 77), "TIFF", (77, 77, 77)),
         (Image.new("F", (3, 2), 0.5), "TIFF", (128, 128, 128)),
         (Image.new("F", (3, 2), 77.0), "TIFF", (77, 77, 77)),
         (Image.new("CMYK", (3, 2), (0, 255, 255, 0)), "TIFF", (255, 0, 0)),

@@ -42,6 +42,10 @@ from tests.toys import Squares
         ({"scheduler_options": {"a": object()}}, "it must be a mapping from text to what JSON can hold or null"),
         ({"class_names": {"a": ["b"]}}, "it['a'] is ['b']; it must be text or a whole number"),
         ({"class_names": {False: "b"}}, "a key of it is False"),  # YAML's `no`
+        (
+            {"class_names": "{a: [b]}"},
+            "it['a'] is ['b']; it must be text",
+        ),  # as the command line sends what is no mapping
         ({"class_names": 3}, "`class_names` is 3, which holds no mapping"),
     ],
 )

@@ -1,4 +1,6 @@
+import errno
 import hashlib
+import os
 import pickle
 import shutil
 import time
@@ -80,19 +82,68 @@ def test_a_share_that_is_none_is_named(tmp_path, share):
 
 
 def test_a_folder_that_has_no_training_split_asks_for_one(tmp_path):
-    make_folder(tmp_path, validation=["a", "b"], test=["b"])
+    make_folder(tmp_path, validation=["a", "b"], test=["a", "b"])
     with pytest.raises(InputError, match=r"has the folders validation, test but no train; name .* `train_folder`"):
         ImageFolder(tmp_path)
     source = ImageFolder(tmp_path, train_folder="validation")
-    assert (list(source.classes), source.test().targets.tolist()) == (["a", "b"], [1])
+    assert (list(source.classes), source.test().root) == (["a", "b"], tmp_path / "test")
 
 
 def test_a_test_split_may_lie_beside_the_classes(tmp_path):
     make_folder(tmp_path, photos=["cat", "dog"])
-    make_folder(tmp_path / "photos", val=["dog"])
+    make_folder(tmp_path / "photos", val=["cat", "dog"])
     for options in ({}, {"test_folder": "val"}):
         source = ImageFolder(tmp_path / "photos", **options)
-        assert (list(source.classes), source.test().targets.tolist()) == (["cat", "dog"], [1])
+        assert (list(source.classes), source.test().root) == (["cat", "dog"], tmp_path / "photos" / "val")
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("train", "valid"), ("Training", "Testing")])
+def test_split_folders_are_known_by_the_names_that_people_give_them(tmp_path, train, test):
+    source = ImageFolder(make_folder(tmp_path, **{train: ["a", "b"], test: ["a", "b"]}))
+    assert (list(source.classes), len(source.train()), len(source.test())) == (["a", "b"], 2, 2)
+
+
+def test_folders_beside_a_training_split_are_told(tmp_path):
+    make_folder(tmp_path, 2, bus=["low"], train=["diesel", "steam"])
+    with pytest.warns(InputWarning, match="has the training split 'train', so other folders in it are left out: bus"):
+        source = ImageFolder(tmp_path)
+    assert list(source.classes) == ["diesel", "steam"]
+
+
+def test_classes_without_test_images_are_told(tmp_path):
+    make_folder(tmp_path, train=["a", "b", "c"], val=["b"])
+    with pytest.warns(InputWarning, match="has no folder of a, c, which no accuracy will speak of"):
+        assert ImageFolder(tmp_path).test().targets.tolist() == [1]
+
+
+def test_the_training_split_is_none_to_test_on(tmp_path):
+    make_folder(tmp_path, train=["a", "b"])
+    with pytest.raises(InputError, match="`test_folder` is 'train', which is the training folder; name another"):
+        ImageFolder(tmp_path, train_folder="train", test_folder="train")
+
+
+def test_links_that_go_round_are_followed_once(tmp_path):
+    root = make_folder(tmp_path, 3, photos=["cat", "dog"]) / "photos"
+    shutil.move(root / "cat", tmp_path / "cats")
+    (root / "cat").symlink_to(tmp_path / "cats")
+    (root / "cat" / "round").symlink_to(".")
+    (root / "dog" / "up").symlink_to("..")  # to another class's folder, too
+    source = ImageFolder(root, test_share=0.5)
+    assert np.bincount(np.concatenate([source.train().targets, source.test().targets])).tolist() == [3, 6]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    make_folder(tmp_path, train=["a", "a/deep", "b"], val=["a", "b"])
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "deep":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"`root` has the folder '.*train/a/deep', which cannot be listed"):
+        ImageFolder(tmp_path)
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path):
@@ -104,7 +155,8 @@ def test_a_test_folder_without_class_folders_has_no_labels_and_does_not_serve(tm
     make_folder(tmp_path, 2, train=["a", "b"])
     (tmp_path / "test").mkdir()
     Image.new("L", (20, 10)).save(tmp_path / "test" / "1.jpg")
-    source = ImageFolder(tmp_path, test_share=0.5)
+    with pytest.warns(InputWarning, match="other folders in it are left out: test"):
+        source = ImageFolder(tmp_path, test_share=0.5)
     assert (len(source.train()), len(source.test())) == (2, 2)
 
 
@@ -140,8 +192,10 @@ def test_hidden_files_and_others_are_left_out_and_counted(tmp_path):
     for name in (".hidden.png", "Thumbs.db", "notes.txt", "no suffix"):
         (tmp_path / "train" / "a" / name).write_text("no image")
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "a" / ".thumbnails").mkdir()
+    Image.new("L", (20, 10)).save(tmp_path / "train" / "a" / ".thumbnails" / "0.png")
     with pytest.warns(
-        InputWarning, match=r"4 of 6 files under .*train' are left out: .*\(1 hidden, 1 .db, 1 no suffix, 1 .txt\)"
+        InputWarning, match=r"5 of 7 files under .*train' are left out: .*\(2 hidden, 1 .db, 1 no suffix, 1 .txt\)"
     ):
         source = ImageFolder(tmp_path)
     assert (list(source.classes), len(source.train())) == (["a", "b"], 2)
@@ -150,6 +204,9 @@ def test_hidden_files_and_others_are_left_out_and_counted(tmp_path):
 def test_an_empty_class_folder_is_named(tmp_path):
     (make_folder(tmp_path, train=["a"], val=["a"]) / "train" / "b").mkdir()
     with pytest.raises(InputError, match=r"class folder '.*train/b' has no images; fill or remove it"):
+        ImageFolder(tmp_path)
+    (tmp_path / "train" / "b" / "1.heic").touch()
+    with pytest.raises(InputError, match=r"class folder '.*train/b' has no images but 1 .heic; fill or remove it"):
         ImageFolder(tmp_path)
 
 
@@ -191,6 +248,7 @@ def test_wordnet_ids_become_words():
     assert len(wordnet()) > 21000
 
 
+@pytest.mark.filterwarnings("ignore:.*which no accuracy will speak of")
 def test_imagenet_is_called_as_torchvision_calls_it(tmp_path):
     """torchvision's own list is the oracle: 1,000 names in the order of the labels."""
     names = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
@@ -376,13 +434,60 @@ class TestHuggingFace:
         assert source.train()[2][0].getpixel((0, 0)) == (3, 3, 3)
         assert list(source.test().targets) == [0, 1]
 
-    def test_labels_may_be_words(self, tmp_path):
+    @pytest.mark.parametrize("kind", ["string", "binary"])
+    def test_labels_may_be_words(self, tmp_path, kind):
         from datasets import Value
 
-        self.write(tmp_path / "train.parquet", ["dog", "cat", "dog", "cat"], Value("string"))
+        words = ["dog", "cat", "", "dog", "cat", None]
+        words = [word.encode() if word is not None and kind == "binary" else word for word in words]
+        self.write(tmp_path / "train.parquet", words, Value(kind))
         source = HuggingFace(tmp_path / "train.parquet", test_share=0.5)
         assert source.classes == ["cat", "dog"]
         assert (sorted(source.train().targets), sorted(source.test().targets)) == ([0, 1], [0, 1])
+
+    def test_labels_that_pandas_made_floats_of_are_whole_numbers(self, tmp_path):
+        from datasets import Value
+
+        self.write(tmp_path / "train.parquet", [1.0, 0.0, float("nan"), 1.0, -1.0, None], Value("float32"))
+        source = HuggingFace(tmp_path / "train.parquet", test_share=0.5)
+        assert source.classes == ["0", "1"]
+        assert sorted([*source.train().targets, *source.test().targets]) == [0, 1, 1]
+
+    def test_arrays_of_grey_pixels_are_as_bright_as_they_say(self, tmp_path):
+        from datasets import Array2D, Dataset, Features, Value
+
+        pixels = np.linspace(0, 250, 24 * 24).reshape(4, 144)[:, :, None].repeat(24, 2).transpose(0, 2, 1)[:, :, :24]
+        rows = {"image": list(pixels.astype(np.uint8)), "label": [0, 1, 0, 1]}
+        features = Features(image=Array2D((24, 24), "uint8"), label=Value("int64"))
+        Dataset.from_dict(rows, features).to_parquet(str(tmp_path / "train.parquet"))
+        source = HuggingFace(tmp_path / "train.parquet", image_column="image", test_share=0.5)
+        found = sorted(
+            np.asarray(image)[..., 0].max() for split in (source.train(), source.test()) for image, _ in split
+        )
+        assert found == [int(each.max()) for each in pixels]
+
+    @pytest.mark.parametrize(
+        ("option", "column", "fault"),
+        [
+            ("image_column", "label", "`image_column` is 'label', of type Value, which holds no images"),
+            ("label_column", "image", "`label_column` is 'image', of type Image, where one label a row is needed"),
+        ],
+    )
+    def test_a_column_of_another_kind_is_named(self, tmp_path, option, column, fault):
+        self.write(tmp_path / "train.parquet", [0, 1, 0, 1])
+        with pytest.raises(InputError, match=fault):
+            HuggingFace(tmp_path / "train.parquet", **{option: column})
+
+    def test_the_training_split_is_none_to_test_on(self, tmp_path):
+        self.write(tmp_path / "train.parquet", [0, 1, 0, 1])
+        with pytest.raises(InputError, match="`test_split` is 'train', which is the training split; name another"):
+            HuggingFace(tmp_path / "train.parquet", test_split="train")
+
+    def test_an_image_size_of_nothing_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match="`image_size` is 0; it must be at least 1"):
+            HuggingFace(tmp_path, image_size=0)
+        with pytest.raises(InputError, match="`image_size` is 0; it must be at least 1"):
+            ImageFolder(tmp_path, image_size=0)
 
     def test_a_test_split_without_labels_does_not_serve(self, tmp_path):
         self.write(tmp_path / "train.parquet", [0, 0, 0, 1, 1, 1])
@@ -402,7 +507,7 @@ class TestHuggingFace:
         with pytest.raises(InputError, match="`label_column` is 'label', in which no row of train has a label"):
             HuggingFace(tmp_path / "none")
         self.write(tmp_path / "many" / "train.parquet", [[0, 1], [1]], List(Value("int64")))
-        with pytest.raises(InputError, match=r"`label_column` is 'label', which holds \[0, 1\] where one label is"):
+        with pytest.raises(InputError, match="`label_column` is 'label', of type List, where one label a row is"):
             HuggingFace(tmp_path / "many")
 
     def test_a_row_without_an_image_is_one_that_cannot_be_read(self, tmp_path):

@@ -6,20 +6,23 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from d4m_plugin.cache import make_writable
+from d4m_plugin.checking import check_least
 from d4m_plugin.errors import InputError, InputWarning
-from d4m_plugin.sources.base import IndexedSource
+from d4m_plugin.sources.base import IndexedSource, check_apart
 from d4m_plugin.sources.images import natural_size, picture_formats, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, imagenet_ids, readable
 from d4m_plugin.units import in_turn
 
 SHOWN_KINDS = 5
-TEST_FOLDERS = ("val", "validation", "test")
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("val", "valid", "validation", "test", "testing")
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -27,24 +30,27 @@ TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 class ImageFolder(IndexedSource):
     """Images under `root/CLASS/`, or under `root/train/CLASS/` and `root/val/CLASS/` (or `validation`, `test`).
 
-    A class folder is searched to any depth. Hidden files, and files that are no images by their names, are left out
-    and counted. Folders named by WordNet id get words, underscores become spaces.
+    A class folder is searched to any depth, each folder once, whatever links lead to it. Hidden files, and files that
+    are no images by their names, are left out and counted. Folders named by WordNet id get words, underscores become
+    spaces.
 
     Args:
         root: the folder.
         image_size: edge in pixels of the images that students see; by default their own, at most 224.
-        train_folder: the folder in `root` of the training split; by default `train`, where it is there.
-        test_folder: the folder in `root` of the images that accuracies are measured on; by default `val`,
-            `validation` or `test`; where none is there, `test_share` of the training images are set apart.
+        train_folder: the folder in `root` of the training split; by default `train` or `training`, in any case of
+            letters, where it is there.
+        test_folder: the folder in `root` of the images that accuracies are measured on; by default `val`, `valid`,
+            `validation`, `test` or `testing`, likewise; where none is there, `test_share` of the training images are
+            set apart.
         test_share: share of each class that is set apart where there is no test folder, in (0, 1).
         split_seed: decides which images are set apart.
         synonyms: of WordNet's names, the `first` or `all`.
 
     Warns:
-        InputWarning: where files are left out.
+        InputWarning: where files or folders are left out, or a class has no test images.
 
     Raises:
-        InputError: where a folder is not there, or a class folder has no images.
+        InputError: where a folder is not there or cannot be listed, or a class folder has no images.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class ImageFolder(IndexedSource):
         split_seed: int = 0,
         synonyms: Synonyms = "first",
     ) -> None:
+        check_least(1, image_size=image_size)
         self.root = Path(root).expanduser()
         train, folders, test = _find_splits(self.root, train_folder, test_folder)
         self._train = index(train, folders)
@@ -198,11 +205,19 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
     for folder in (train_folder, test_folder):
         if folder is not None and not (root / folder).is_dir():
             raise InputError(f"`root` is {str(root)!r}, which has no folder {folder!r}.")
+    if train_folder is not None and test_folder is not None:
+        check_apart(train_folder, test_folder, "folder")
     there = _folders_in(root)
-    splits = [name for name in ("train", *TEST_FOLDERS) if name in there and _folders_in(root / name)]
-    if train_folder is None and "train" in splits:
-        train_folder = "train"
-    tests = [test_folder] if test_folder else [name for name in splits if name not in ("train", train_folder)]
+    order = [*TRAIN_FOLDERS, *TEST_FOLDERS]
+    splits = [name for name in there if name.lower() in order and _folders_in(root / name)]
+    splits.sort(key=lambda name: order.index(name.lower()))
+    trains = [name for name in splits if name.lower() in TRAIN_FOLDERS]
+    tests = [test_folder] if test_folder else [name for name in splits if name not in (*trains, train_folder)]
+    if train_folder is None and trains:
+        train_folder = trains[0]
+        if others := sorted({*there} - {*splits, *tests}):
+            sentence = f"{str(root)!r} has the training split {train_folder!r}, so other folders in it are left out"
+            warnings.warn(f"{sentence}: {', '.join(others)}.", InputWarning, stacklevel=2)
     if train_folder is not None:
         return root / train_folder, class_folders(root / train_folder), root / tests[0] if tests else None
     # No training split: `root` has the classes, and beside them perhaps a test split of the same classes.
@@ -221,7 +236,15 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
 
 
 def _folders_in(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        _refuse(error)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """Refuse a folder that cannot be listed, whose images would be missing without a word."""
+    raise InputError(f"`root` has the folder {error.filename!r}, which cannot be listed ({error.strerror}).") from error
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -243,28 +266,33 @@ def index(root: Path, folders: Sequence[str]) -> _Files:
     left_out: Counter[str] = Counter()
     for folder in folders:
         names = []
-        for file in _files_under(root, folder):
-            name = os.path.basename(file)
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                left_out["hidden"] += 1
+        others: Counter[str] = Counter()
+        for file, hidden in _files_under(root, folder):
+            suffix = os.path.splitext(file)[1].lower()
+            if hidden:
+                others["hidden"] += 1
             elif suffix not in suffixes:
-                left_out[suffix or "no suffix"] += 1
+                others[suffix or "no suffix"] += 1
             else:
                 names.append(os.fsencode(file))
         if not names:
-            raise InputError(f"the class folder {str(root / folder)!r} has no images; fill or remove it.")
+            found = f" but {_told(others)}" if others else ""
+            raise InputError(f"the class folder {str(root / folder)!r} has no images{found}; fill or remove it.")
         chunks.append(pa.array(names, pa.binary()))
+        left_out += others
     targets = np.repeat(np.arange(len(folders)), [len(chunk) for chunk in chunks])
     if left_out:
         files = left_out.total() + len(targets)
-        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(SHOWN_KINDS))
         sentence = (
             f"{left_out.total()} of {files} files under {str(root)!r} are left out: hidden, or by their names no "
-            f"images that Pillow reads ({kinds})."
+            f"images that Pillow reads ({_told(left_out)})."
         )
         warnings.warn(sentence, InputWarning, stacklevel=2)
     return _Files(root, pa.concat_arrays(chunks), targets)
+
+
+def _told(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(SHOWN_KINDS))
 
 
 def _index_test(root: Path, train: Path, folders: Sequence[str]) -> _Files:
@@ -275,17 +303,33 @@ def _index_test(root: Path, train: Path, folders: Sequence[str]) -> _Files:
         raise InputError(
             f"{str(root)!r} has the class folder {unknown[0]!r}, which {str(train)!r} has not; they need the same ones."
         )
+    if untested := sorted(set(folders) - set(there)):
+        sentence = f"{str(root)!r} has no folder of {', '.join(untested[:SHOWN_KINDS])}"
+        more = f" and {len(untested) - SHOWN_KINDS} more" if len(untested) > SHOWN_KINDS else ""
+        warnings.warn(f"{sentence}{more}, which no accuracy will speak of.", InputWarning, stacklevel=2)
     files = index(root, there)
     labels = np.array([folders.index(folder) for folder in there])
     return _Files(root, files.names, labels[files.targets])
 
 
-def _files_under(root: Path, folder: str) -> Iterator[str]:
-    """Yield the files under a class folder, as paths from `root`, in an order that no file system decides."""
-    for parent, subfolders, files in os.walk(root / folder, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+def _files_under(root: Path, folder: str) -> Iterator[tuple[str, bool]]:
+    """Yield the files under a class folder, as paths from `root`, in an order that no file system decides.
+
+    With each comes whether it is hidden. No folder is entered twice, so that a link to one above it ends there.
+    """
+    entered = set()
+    for parent, subfolders, files in os.walk(root / folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in entered:
+            subfolders.clear()
+            continue
+        entered.add(real)
+        subfolders.sort()
+        below = os.path.relpath(parent, root / folder)
+        hidden = below != "." and any(part.startswith(".") for part in below.split(os.sep))
+        here = os.path.relpath(parent, root)
         for name in sorted(files):
-            yield os.path.relpath(os.path.join(parent, name), root)
+            yield os.path.join(here, name), hidden or name.startswith(".")
 
 
 def _image_suffixes() -> set[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from d4m_plugin.checking import check_least
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import license_of
-from d4m_plugin.sources.base import IndexedSource
+from d4m_plugin.sources.base import IndexedSource, check_apart
 from d4m_plugin.sources.images import natural_size, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, readable
 
@@ -27,8 +29,8 @@ FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 class HuggingFace(IndexedSource):
     """A labelled image dataset of the Hugging Face Hub, or a folder or file that `datasets.load_dataset` opens.
 
-    Rows with no label (null or below 0, as in many Hub datasets' test splits) are left out. The classes are those
-    that the training split has images of.
+    Rows with no label (null, not a number, below 0 as in many Hub datasets' test splits, or empty) are left out. The
+    classes are those that the training split has images of.
 
     Args:
         path: a Hub id such as `ylecun/mnist`, a folder, or a .parquet, .arrow or .tar file.
@@ -62,6 +64,7 @@ class HuggingFace(IndexedSource):
         image_size: int | None = None,
         synonyms: Synonyms = "first",
     ) -> None:
+        check_least(1, image_size=image_size)
         self.path, self.config, self.revision = str(path), config, revision
         self.hub_id = None if Path(path).expanduser().exists() else self.path
         splits = _load(self.path, config, revision)
@@ -69,6 +72,7 @@ class HuggingFace(IndexedSource):
         tests = [name for name in TEST_SPLITS if name in splits and name != train_split]
         if test_split is not None:
             _split(splits, test_split, "test_split")
+            check_apart(train_split, test_split, "split")
             tests = [test_split]
 
         image_column = image_column or _image_column(train)
@@ -120,7 +124,13 @@ class _Rows:
         indices = np.flatnonzero(labels >= 0)
         import datasets
 
-        rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Downcasting array dtype")  # of pixels, which are small
+                rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        except Exception as error:  # pyarrow's of many kinds
+            kind = type(rows.features[column]).__name__
+            raise InputError(f"`image_column` is {column!r}, of type {kind}, which holds no images: {error}") from error
         return cls(rows, column, indices, labels[indices])
 
     def __len__(self) -> int:
@@ -217,12 +227,23 @@ def _the_only(found: list[str], rows: "Dataset", what: str, option: str) -> str:
 
 
 def _label_values(rows: "Dataset", column: str) -> list[Any]:
-    """Return each row's label as it stands there, None where there is none."""
-    values = rows[column][:]
-    for value in values:
-        if isinstance(value, list | dict):
-            raise InputError(f"`label_column` is {column!r}, which holds {value!r} where one label is needed.")
-    return [None if isinstance(value, int) and value < 0 else value for value in values]
+    """Return each row's label as it stands there, but whole numbers as such; None where there is none."""
+    import datasets
+
+    feature = rows.features[column]
+    if not isinstance(feature, datasets.Value | datasets.ClassLabel):
+        kind = type(feature).__name__
+        raise InputError(f"`label_column` is {column!r}, of type {kind}, where one label a row is needed.")
+    return [_label(value) for value in rows[column][:]]
+
+
+def _label(value: Any) -> Any:
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if isinstance(value, float) and value.is_integer():  # as pandas makes them of whole numbers with gaps
+        value = int(value)
+    missing = not value >= 0 if isinstance(value, int | float) else not value  # not a number is not below 0
+    return None if missing else value
 
 
 def _names(rows: "Dataset", column: str, values: list[Any], synonyms: Synonyms) -> list[str]:

@@ -63,8 +63,9 @@ def size_of(path: str | Path) -> int:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return a picture of any mode as RGB: turned as its EXIF says, transparency over white.
 
-    16-bit and float pictures are scaled to 8 bits, not clipped: integers by the 16-bit range; floats by 255 where
-    they lie in [0, 1], not at all where they lie in [0, 255], else from their own range.
+    16-bit, 32-bit and float pictures are scaled to 8 bits, not clipped: 16-bit integers by their range, which 32-bit
+    ones have too where they lie in it; floats by 255 where they lie in [0, 1]. 32-bit numbers that lie in [0, 255] stay
+    as they are, and others are scaled from their own range.
     """
     image.load()
     with contextlib.suppress(Exception):  # EXIF may be broken where the picture is not
@@ -82,12 +83,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     floats = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
     least, most = floats.min(), floats.max()
-    if least >= 0 and values.dtype.kind in "iu" and most <= 65535:
+    whole = values.dtype.kind in "iu"
+    if values.dtype.itemsize == 2:
         scaled = floats / 257
-    elif least >= 0 and values.dtype.kind == "f" and most <= 1:
+    elif least >= 0 and not whole and most <= 1:
         scaled = floats * 255
     elif least >= 0 and most <= 255:
         scaled = floats
+    elif least >= 0 and whole and most <= 65535:
+        scaled = floats / 257
     else:
         scaled = (floats - least) * (255 / (most - least or 1))
     return scaled.round().astype(np.uint8)
