@@ -26,14 +26,14 @@ COLUMNS, TITLE, BARS = 4, 28, 380
 
 
 def accuracies(rows: Path, height: int) -> Image.Image:
-    """Return a chart of the accuracies of `benchmarks/accuracy.py`, of the paper's training and soft labels.
+    """Return a chart of the accuracies of `benchmarks/accuracy.py`, of the paper's training and its default teacher.
 
     Args:
         rows: its file.
         height: of the chart, in pixels.
     """
     found = [json.loads(line) for line in rows.read_text().splitlines()]
-    found = [row for row in found if row["labels"] == "soft" and not row["changes"]]
+    found = [row for row in found if row["teacher"] in ("auto", "cifar10") and not row["changes"]]
     sizes = sorted({row["ipc"] for row in found if row["arm"] == "distilled"})
     figure = new_figure(BARS / 100, height / 100)
     axis = figure.subplots()
