@@ -209,7 +209,7 @@ class LatentDiffusion:
             # None lets SDXL take its own empty prompt
             options |= {"do_classifier_free_guidance": True, "negative_prompt": negative_prompt or None}
         self._bring([part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")])
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, self.dtype), _told_already():
             tensors = self.pipeline.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1, **options)
         return {name: tensor for name, tensor in zip(names, tensors, strict=False) if name in self._takes}
 
@@ -303,6 +303,23 @@ def embedded_prompts(model: str) -> list[str]:
     with safe_open(ASSETS / model / "teacher.safetensors", "pt") as file:
         names: list[str] = json.loads(file.metadata()["data"])["classes"]
     return names
+
+
+@contextmanager
+def _told_already() -> Iterator[None]:
+    """Keep the libraries from logging that a prompt is cut off, of which we warn once."""
+    import diffusers
+    import transformers
+
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
 
 
 def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Any:
