@@ -316,6 +316,7 @@ def test_a_set_cannot_take_the_place_of_a_file(run):
     assert (status, err) == (2, "error: `output` is 'notes.txt', which is a file; name a folder.\n")
 
 
+@pytest.mark.filterwarnings("ignore:.* cannot be read and are left out")
 @pytest.mark.parametrize("command", [["preview", "--images", "1"], ["distill", "--dry_run", "true", "--ipc", "1"]])
 def test_before_the_long_run_too_a_bad_image_can_be_skipped(run, command):
     for number in range(3):
