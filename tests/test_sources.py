@@ -116,10 +116,11 @@ def test_classes_without_test_images_are_told(tmp_path):
         assert ImageFolder(tmp_path).test().targets.tolist() == [1]
 
 
-def test_the_training_split_is_none_to_test_on(tmp_path):
-    make_folder(tmp_path, train=["a", "b"])
-    with pytest.raises(InputError, match="`test_folder` is 'train', which is the training folder; name another"):
-        ImageFolder(tmp_path, train_folder="train", test_folder="train")
+def test_a_test_folder_that_is_named_is_no_class(tmp_path):
+    make_folder(tmp_path, 2, photos=["cat", "dog"])
+    make_folder(tmp_path / "photos", holdout=["bird", "cat", "dog"])
+    with pytest.raises(InputError, match="holdout' has the class folder 'bird', which .*photos' has not"):
+        ImageFolder(tmp_path / "photos", test_folder="holdout")
 
 
 def test_links_that_go_round_are_followed_once(tmp_path):
@@ -477,11 +478,6 @@ class TestHuggingFace:
         self.write(tmp_path / "train.parquet", [0, 1, 0, 1])
         with pytest.raises(InputError, match=fault):
             HuggingFace(tmp_path / "train.parquet", **{option: column})
-
-    def test_the_training_split_is_none_to_test_on(self, tmp_path):
-        self.write(tmp_path / "train.parquet", [0, 1, 0, 1])
-        with pytest.raises(InputError, match="`test_split` is 'train', which is the training split; name another"):
-            HuggingFace(tmp_path / "train.parquet", test_split="train")
 
     def test_an_image_size_of_nothing_is_refused(self, tmp_path):
         with pytest.raises(InputError, match="`image_size` is 0; it must be at least 1"):

@@ -93,19 +93,6 @@ class Source(ABC):
         )
 
 
-def check_apart(train: str, test: str, kind: str) -> None:
-    """Refuse to test on the training images.
-
-    Raises:
-        InputError: where the two splits are one; it names the option, which ends in `kind`.
-    """
-    if test == train:
-        raise InputError(
-            f"`test_{kind}` is {test!r}, which is the training {kind}; name another, or none, and `test_share` of its "
-            "images are set apart."
-        )
-
-
 class IndexedImages(LabelledImages, Protocol):
     """Images that are read one by one when asked for."""
 

@@ -15,7 +15,7 @@ from PIL import Image
 from d4m_plugin.cache import make_writable
 from d4m_plugin.checking import check_least
 from d4m_plugin.errors import InputError, InputWarning
-from d4m_plugin.sources.base import IndexedSource, check_apart
+from d4m_plugin.sources.base import IndexedSource
 from d4m_plugin.sources.images import natural_size, picture_formats, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, imagenet_ids, readable
 from d4m_plugin.units import in_turn
@@ -205,8 +205,6 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
     for folder in (train_folder, test_folder):
         if folder is not None and not (root / folder).is_dir():
             raise InputError(f"`root` is {str(root)!r}, which has no folder {folder!r}.")
-    if train_folder is not None and test_folder is not None:
-        check_apart(train_folder, test_folder, "folder")
     there = _folders_in(root)
     order = [*TRAIN_FOLDERS, *TEST_FOLDERS]
     splits = [name for name in there if name.lower() in order and _folders_in(root / name)]
@@ -221,7 +219,8 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
     if train_folder is not None:
         return root / train_folder, class_folders(root / train_folder), root / tests[0] if tests else None
     # No training split: `root` has the classes, and beside them perhaps a test split of the same classes.
-    tests = [name for name in tests if set(_folders_in(root / name)) <= {*there} - {*splits}]
+    if test_folder is None:
+        tests = [name for name in tests if set(_folders_in(root / name)) <= {*there} - {*splits}]
     classes = [name for name in there if name not in tests]
     if not {*classes} - {*splits}:
         if not splits:

@@ -14,7 +14,7 @@ from PIL import Image
 from d4m_plugin.checking import check_least
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import license_of
-from d4m_plugin.sources.base import IndexedSource, check_apart
+from d4m_plugin.sources.base import IndexedSource
 from d4m_plugin.sources.images import natural_size, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, readable
 
@@ -72,7 +72,6 @@ class HuggingFace(IndexedSource):
         tests = [name for name in TEST_SPLITS if name in splits and name != train_split]
         if test_split is not None:
             _split(splits, test_split, "test_split")
-            check_apart(train_split, test_split, "split")
             tests = [test_split]
 
         image_column = image_column or _image_column(train)
