@@ -119,7 +119,7 @@ def test_classes_without_test_images_are_told(tmp_path):
 def test_a_test_folder_that_is_named_is_no_class(tmp_path):
     make_folder(tmp_path, 2, photos=["cat", "dog"])
     make_folder(tmp_path / "photos", holdout=["bird", "cat", "dog"])
-    with pytest.raises(InputError, match="holdout' has the class folder 'bird', which .*photos' has not"):
+    with pytest.raises(InputError, match=r"holdout' has the class folder 'bird', which .*photos' has not"):
         ImageFolder(tmp_path / "photos", test_folder="holdout")
 
 
