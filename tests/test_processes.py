@@ -111,15 +111,16 @@ def test_a_command_told_to_stop_ends_at_once_with_its_other_processes(number, st
     wait_until_it_holds_a_unit(other)
     while not list(tmp_path.glob("set.partial/*/class-*.safetensors")):
         time.sleep(0.05)
+    made = len(list(tmp_path.glob("set.partial/*/class-*.safetensors")))
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)  # the work would take minutes
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number, said
     if number == signal.SIGINT:
         assert "Stopped. What is done so far is kept: the same command goes on from there." in said
     assert "Traceback" not in said
     with pytest.raises(ProcessLookupError):
         os.kill(other, 0)
-    assert list(tmp_path.glob("set.partial/*/class-*.safetensors"))
+    assert made <= len(list(tmp_path.glob("set.partial/*/class-*.safetensors"))) <= made + 1  # one may just have ended
     assert not (tmp_path / "set").exists()
 
 
