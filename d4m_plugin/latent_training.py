@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from d4m_plugin.devices import default_device, trainer_precision
+from d4m_plugin.devices import default_device
+from d4m_plugin.one_process import fit, own_trainer
 from d4m_plugin.seeding import seed_of
 
 KL_WEIGHT = 1e-6  # Rombach et al., appendix G: only to keep the latents' scale bounded
@@ -166,19 +167,12 @@ def train(module: Training, steps: int, callbacks: list[L.Callback], checkpoint:
     kept = _CheckpointOnTheWay(
         checkpoint.parent, checkpoint.stem, every_n_train_steps=STEPS_A_CHECKPOINT, enable_version_counter=False
     )
-    trainer = L.Trainer(
-        max_steps=steps,
-        deterministic="warn",  # a gather of prompts would else add its gradients in any order
-        devices=1,  # small models: a second device would only divide the steps
-        precision=trainer_precision(),
-        callbacks=[*callbacks, kept],
-        logger=False,
-        enable_model_summary=False,
-    )
+    # A gather of prompts would else add its gradients in any order.
+    trainer = own_trainer(steps, [*callbacks, kept], deterministic="warn")
     # On a CPU the flash kernel's backward takes a fifth of the step at these lengths; the plain one is faster.
     plain = sdpa_kernel(SDPBackend.MATH) if default_device().type == "cpu" else contextlib.nullcontext()
     with plain, warnings.catch_warnings():
         for expected in ("Checkpoint directory .* exists and is not empty", "You're resuming from a checkpoint that"):
             warnings.filterwarnings("ignore", expected)  # as after a kill; no step depends on the loader
-        trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None)
+        fit(trainer, module, ckpt_path=checkpoint if checkpoint.exists() else None)
     module.cpu().eval()

@@ -1,41 +1,24 @@
 """Train a teacher on all real images of a small source."""
 
-import signal
 import tempfile
 from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import Metric
 
 from d4m_plugin.cache import written_whole
 from d4m_plugin.callbacks import RunProgress
 from d4m_plugin.datamodules import D4MDataModule
-from d4m_plugin.devices import this_device, trainer_precision
 from d4m_plugin.models.classifier import ImageClassifier
+from d4m_plugin.one_process import fit, own_trainer
 from d4m_plugin.sources import Source
 from d4m_plugin.teachers import save_teacher
 
 BATCH = 100  # images, as the paper trains students
 EPOCHS = 24  # where a ConvNet on CIFAR-10 is within some points of its best
 LEAST_STEPS = 2000
-
-
-def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
-    """Train; Ctrl-C, which Lightning ends the process at, stays what it is, so that the command can say what is kept.
-
-    Raises:
-        KeyboardInterrupt: at Ctrl-C.
-    """
-    try:
-        trainer.fit(module, datamodule=data)
-    except SystemExit as error:
-        if error.code != 1:  # SIGTERM
-            raise
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores further ones
-        raise KeyboardInterrupt from error
 
 
 class _DataOfOneProcess(D4MDataModule):
@@ -62,18 +45,10 @@ def train_teacher(source: Source, output: Path, cache_dir: str | Path | None = N
         for part in module.modules():
             if isinstance(part, Metric):
                 part.distributed_available_fn = lambda: False
-        trainer = L.Trainer(
-            max_steps=max(LEAST_STEPS, EPOCHS * len(source.train()) // BATCH),
-            devices=this_device(),  # once, even where several processes train the student
-            plugins=[LightningEnvironment()],
-            precision=trainer_precision(),
-            callbacks=[RunProgress(f"Teacher of {source.name}")],
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
-        fit(trainer, module, data)
+        steps = max(LEAST_STEPS, EPOCHS * len(source.train()) // BATCH)
+        # Once, even where several processes train the student.
+        trainer = own_trainer(steps, [RunProgress(f"Teacher of {source.name}")], enable_checkpointing=False)
+        fit(trainer, module, datamodule=data)
         with tempfile.TemporaryDirectory() as folder, written_whole(output) as path:
             trainer.save_checkpoint(f"{folder}/teacher.ckpt")
             save_teacher(Path(folder) / "teacher.ckpt", path)

@@ -1,4 +1,6 @@
 import json
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,22 @@ def test_an_image_size_that_cannot_be_halved_is_named(tmp_path):
 def test_sizes_that_cannot_work_are_named(tmp_path, options):
     with pytest.raises(InputError, match=f"`{next(iter(options))}` is"):
         pretrain(Squares(), tmp_path / "new", **options)
+
+
+SMALL = {"vae_channels": (16, 16), "unet_channels": (32, 32), "vae_steps": 1, "unet_steps": 1, "batch_size": 2}
+
+
+def test_it_is_trained_by_one_process_of_many(tmp_path, monkeypatch):
+    told = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "NNODES": "1", "NODEID": "0", "PROCID": "0", "LOCALID": "0"}
+    for name, value in told.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)  # Lightning would wait for the other
+    made = pretrain(Squares(), tmp_path / "model", **SMALL)
+
+    @contextmanager
+    def after_another(*_):
+        shutil.copytree(made, tmp_path / "second")
+        yield
+
+    monkeypatch.setattr(pretraining, "in_turn", after_another)
+    monkeypatch.setattr(pretraining, "train", None)  # calling it would fail
+    assert files(pretrain(Squares(), tmp_path / "second", **SMALL)) == files(made)
