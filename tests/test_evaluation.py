@@ -23,13 +23,14 @@ from d4m_plugin import D4MDataModule, Digits, DistilledDataset, InputError, Reci
 from d4m_plugin.card import accuracy
 from d4m_plugin.diffusion import LatentDiffusion
 from d4m_plugin.errors import InputWarning
-from d4m_plugin.evaluation import runs
+from d4m_plugin.evaluation import figures, runs
 from d4m_plugin.evaluation.arms import Arms, herded
 from d4m_plugin.evaluation.compare import compare
 from d4m_plugin.evaluation.evaluate import evaluate, results_of, steps_of
+from d4m_plugin.evaluation.report import write_report
 from d4m_plugin.evaluation.runs import Protocol, Trainings, trained
 from d4m_plugin.evaluation.sets import open_set, ours
-from d4m_plugin.evaluation.sweep import setting_row, sweep
+from d4m_plugin.evaluation.sweep import _draw, setting_row, sweep
 from d4m_plugin.evaluation.verdict import dd_ranking, interval, sentences, table_of
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources.images import to_pixels
@@ -348,7 +349,7 @@ def test_what_is_nowhere_is_no_set(squares, name):
 
 
 def results(arms, protocol, folder):
-    return trained(Trainings(arms, protocol, folder).of_seeds(), folder)
+    return trained(Trainings(arms, protocol, folder).of_seeds())
 
 
 def test_distilled_and_random_are_always_compared():
@@ -522,6 +523,23 @@ def test_a_set_that_cannot_be_written_is_judged_all_the_same(arms, squares, tmp_
     with pytest.warns(InputWarning, match=r"could not be put on the card of .* \(Permission denied\)"):
         rows = evaluate(str(tmp_path / "set"), squares, **options)
     assert rows["report"].is_file()
+
+
+def test_results_leave_what_was_recorded_since_the_set_was_read(arms, squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.teachers.SMALL_SOURCE", 0)
+    file = tmp_path / "set" / "ipc-4" / "d4m.json"
+    labels = {"teacher": "torchvision:resnet18", "tried": "names all rightly"}
+
+    def relabelled(*args):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"labels": labels}))
+        write_report(*args)
+
+    monkeypatch.setattr("d4m_plugin.evaluation.evaluate.write_report", relabelled)
+    options = {"output": tmp_path / "report", "seeds": 2, "budget": 2, "arms": (), "labels": ("hard",)}
+    evaluate(str(tmp_path / "set"), squares, **options)
+    record = json.loads(file.read_text())
+    assert record["labels"] == labels
+    assert record["results"]["protocol"]["steps"] == 2
 
 
 @pytest.mark.parametrize("damage", ["none", "missing", "cut off", "huge", "no picture"])
@@ -794,6 +812,17 @@ def test_a_sweep_tries_all_combinations_and_shares_what_is_alike(squares, tmp_pa
     assert len(trained) == 10
 
 
+def test_the_line_of_a_sweep_goes_from_least_to_most(tmp_path, monkeypatch):
+    figure = figures.new_figure(5, 4)
+    monkeypatch.setattr("d4m_plugin.evaluation.sweep.new_figure", lambda *_: figure)
+    alike = {"labels": "hard", "interval": None, "random": 0.1}
+    rows = [{"strength": strength, "accuracy": strength / 2} | alike for strength in (0.7, 0.1, 0.5)]
+    _draw(rows, ["strength"], "squares", tmp_path / "sweep.png")
+    line = figure.axes[0].lines[0]
+    assert line.get_xdata().tolist() == [0.1, 0.5, 0.7]
+    assert line.get_ydata().tolist() == [5.0, 25.0, 35.0]
+
+
 def test_a_sweep_over_oversampling_lets_its_own_teacher_choose(squares, tmp_path):
     options = {"ipc": 2, "recipe": {"num_inference_steps": 4}, "labels": ("hard",), "seeds": 1, "budget": 2}
     with pytest.raises(InputError, match="`teacher` is 'nobody'"):
@@ -838,9 +867,7 @@ def test_a_full_disk_ends_an_evaluation_with_a_sentence(squares, tmp_path, monke
     options = ["--source", "tests.toys.Squares", "--labels", "[hard]", "--seeds", "1", "--budget", "1"]
     status, _, said = run("evaluate", tmp_path / "set", "--output", tmp_path / "report", *options)
     assert status == 2
-    sentence = (
-        "the disk could not be written (No space left on device); what is done is kept: mend that and start again."
-    )
+    sentence = "the disk could not be used (No space left on device); what is done is kept: mend that and start again."
     assert said.splitlines()[-1] == f"error: {sentence}"
 
 

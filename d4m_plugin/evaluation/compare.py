@@ -86,9 +86,9 @@ def compare(
     make_writable(output.resolve(), "output")
     network = network_of(features, protocol, source, sets[0], cache_dir)
     arms_of_sets = [Arms(each, source, kept=output / "arms", teacher=teacher, cache_dir=cache_dir) for each in sets]
-    options = (protocol, output / "runs", compile, num_workers, cache_dir)
+    options = (protocol, output / "runs", compile, num_workers)
     trainings = [Trainings(each, *options).of_seeds() for each in arms_of_sets]
-    runs = trained(list(itertools.chain(*trainings)), output / "runs")
+    runs = trained(list(itertools.chain(*trainings)))
     if not is_first():
         return {}
     rows: list[dict[str, Any]] = []

@@ -29,7 +29,7 @@ from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
 from d4m_plugin.hub import without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.progress import is_first
-from d4m_plugin.record import ResultsRecord
+from d4m_plugin.record import ResultsRecord, read_record
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import Resize, read_image, squares_of
@@ -115,8 +115,7 @@ def evaluate(
     make_writable(folder, "output")
     network = network_of(features, protocol, source, judged, cache_dir)
     arms_of_set = Arms(judged, source, diffusion, kept=folder / "arms", teacher=teacher, cache_dir=cache_dir)
-    trainings = Trainings(arms_of_set, protocol, folder / "runs", compile, num_workers, cache_dir)
-    runs = trained(trainings.of_seeds(), folder / "runs")
+    runs = trained(Trainings(arms_of_set, protocol, folder / "runs", compile, num_workers).of_seeds())
     if not is_first():
         return {}
     results = results_of(arms_of_set, protocol, runs, features, network, folder)
@@ -231,8 +230,9 @@ def _record(judged: JudgedSet, results: dict[str, Any]) -> None:
     dataset = judged.dataset
     if dataset is None or dataset.revision is not None:
         return
-    metadata = dataset.metadata | {"results": {name: results[name] for name in ResultsRecord.__annotations__}}
+    told = {"results": {name: results[name] for name in ResultsRecord.__annotations__}}
     try:
+        metadata = read_record(dataset.folder) | told  # as it is now, hours after it was read
         with written_whole(dataset.folder / "d4m.json") as path:
             path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
         write_card(Path(dataset.root), dataset.folder.name, metadata)

@@ -15,25 +15,24 @@ from typing import Any, Literal, TypedDict, get_args
 import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
 
 from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.callbacks import TeacherMatching
 from d4m_plugin.checking import check_least
 from d4m_plugin.datamodules import D4MDataModule
-from d4m_plugin.devices import autocast, compute_dtype, default_device, this_device, trainer_precision
+from d4m_plugin.devices import autocast, compute_dtype, default_device
 from d4m_plugin.diffusion import digest
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import ARMS, Arm, Arms
 from d4m_plugin.models.classifier import ImageClassifier
+from d4m_plugin.one_process import fit, own_trainer
 from d4m_plugin.progress import Progress
 from d4m_plugin.screening import check_images, test_fingerprint
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.subsets import Chosen, at_most
 from d4m_plugin.teachers import teacher_digest
-from d4m_plugin.teaching import fit
 from d4m_plugin.units import Units, load_json, save_json
 
 Labels = Literal["teacher", "hard"]
@@ -135,25 +134,18 @@ class Trainings:
         folder: a file for each training that is done, by this protocol or another.
         compile: compile student and teacher.
         num_workers: processes that read images that do not fit in memory.
-        cache_dir: as for D4MDataModule.
 
     Raises:
         InputError: where an arm cannot be made.
     """
 
     def __init__(
-        self,
-        arms: Arms,
-        protocol: Protocol,
-        folder: Path,
-        compile: bool = False,
-        num_workers: int = 0,
-        cache_dir: Path | None = None,
+        self, arms: Arms, protocol: Protocol, folder: Path, compile: bool = False, num_workers: int = 0
     ) -> None:
         self.arms, self.protocol, self.folder = arms, protocol, folder
-        self.compile, self.num_workers, self.cache_dir = compile, num_workers, cache_dir
+        self.compile, self.num_workers = compile, num_workers
         judged, source = arms.judged, arms.source
-        cache = resolve_cache_dir(cache_dir)
+        cache = resolve_cache_dir(arms.cache_dir)
         check_images(source, source.train(), "training images", source.fingerprint, cache, num_workers)
         arms.check(protocol.arms)
         if len(protocol.learning_rates) > 1 and not self._spare:
@@ -190,7 +182,7 @@ class Trainings:
         """Return each kind of training with the learning rate that does best on the slice."""
         rates = self.protocol.learning_rates
         tries = [Training(self, dataclasses.replace(kind, lr=lr, choosing=True)) for kind in kinds for lr in rates]
-        found = [-1.0 if row["accuracy"] is None else row["accuracy"] for row in trained(tries, self.folder)]
+        found = [-1.0 if row["accuracy"] is None else row["accuracy"] for row in trained(tries)]
         best = [max(range(len(rates)), key=found[start:].__getitem__) for start in range(0, len(found), len(rates))]
         return [dataclasses.replace(kind, lr=rates[place]) for kind, place in zip(kinds, best, strict=True)]
 
@@ -218,25 +210,15 @@ class Trainings:
             num_workers=self.num_workers,
             image_size=judged.image_size,
             resize=judged.resize,
-            cache_dir=self.cache_dir,
+            cache_dir=self.arms.cache_dir,
         )
         data.training_set = images
         student = ImageClassifier(data.num_classes, data.image_size, run.student, run.lr, compile=self.compile)
         curve = _Curve(protocol.steps, bar)
         teacher = protocol.teacher if run.labels == "teacher" else None
-        trainer = L.Trainer(
-            max_steps=protocol.steps,
-            devices=this_device(),
-            plugins=[LightningEnvironment()],  # one process, under SLURM and torchrun too
-            precision=trainer_precision(),
-            callbacks=[TeacherMatching(teacher, compile_teacher=self.compile), curve],
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        fit(trainer, student, data)
+        callbacks = [TeacherMatching(teacher, compile_teacher=self.compile), curve]
+        trainer = own_trainer(protocol.steps, callbacks, enable_checkpointing=False, enable_progress_bar=False)
+        fit(trainer, student, datamodule=data)
         weights = student.state_dict().values()
         if curve.points[-1][1] is None or not all(bool(each.isfinite().all()) for each in weights):
             return {"accuracy": None, "accuracies": None, "confusion": None, "losses": curve.points}
@@ -312,13 +294,13 @@ class Training:
         return f"{self.of.key(self.run)}.json"
 
 
-def trained(trainings: Sequence[Training], folder: Path) -> list[dict[str, Any]]:
+def trained(trainings: Sequence[Training]) -> list[dict[str, Any]]:
     """Return what each training gave: arm, labels, student, seed, lr, accuracy, accuracies by class and more.
 
     Args:
-        trainings: those that are not done are made by this process and all that share the folder.
-        folder: has a file for each that is done.
+        trainings: of one folder; those that are not done are made by this process and all that share it.
     """
+    folder = trainings[0].of.folder
     folder.mkdir(parents=True, exist_ok=True)
     by_file = {training.file: training for training in trainings}
     steps = {file: training.of.protocol.steps for file, training in by_file.items()}

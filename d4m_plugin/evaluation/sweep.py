@@ -143,11 +143,10 @@ def sweep(
             )
             if seed == 0:
                 samples.append(_first_images(made))
-            of_set = Trainings(
-                Arms(ours(made, source), source), protocol, output / "runs", compile, num_workers, cache_dir
-            )
+            arms = Arms(ours(made, source), source, teacher=teacher, cache_dir=cache_dir)
+            of_set = Trainings(arms, protocol, output / "runs", compile, num_workers)
             trainings += [(number, training) for training in of_set.of_seeds([seed])]
-        runs = trained([training for _, training in trainings], output / "runs")
+        runs = trained([training for _, training in trainings])
         for (number, _), run in zip(trainings, runs, strict=True):
             if run["accuracy"] is None:
                 raise InputError(
@@ -229,6 +228,7 @@ def _draw(rows: Sequence[dict[str, Any]], varied: Sequence[str], source: str, pa
             if row["labels"] == kind:
                 lines.setdefault(_named(row, others), []).append(row)
         for name, line in lines.items():
+            line.sort(key=lambda row: row[first])  # whatever the order they were given in
             values, means = [row[first] for row in line], [100 * row["accuracy"] for row in line]
             errors = [100 * (row["interval"] or 0) for row in line]
             axis.errorbar(values, means, errors, marker="o", capsize=3, label=name or "distilled")
