@@ -136,13 +136,18 @@ class WithoutBadImages(Source):
 
     def __init__(self, source: Source, cache: Path, num_workers: int = 0) -> None:
         self.source, self.cache, self.num_workers = source, cache, num_workers
-        for name in Source.__annotations__:
+        for name in Source.__annotations__.keys() - {"license"}:
             setattr(self, name, getattr(source, name))
 
     @property
     def name(self) -> str:
         """The source's."""
         return self.source.name
+
+    @property
+    def license(self) -> str:  # type: ignore[override]  # which a source may have to ask the Hub for
+        """The source's."""
+        return self.source.license
 
     @property
     def fingerprint(self) -> str:

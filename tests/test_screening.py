@@ -159,3 +159,17 @@ def test_files_that_a_source_only_opens_are_read(folder, random_pipeline):
         "Image 14",
         "Image 15",
     ]
+
+
+def test_the_licence_is_read_when_it_is_asked_for(folder, tmp_path):
+    asked = []
+
+    class OfTheHub(ImageFolder):
+        @property
+        def license(self):
+            asked.append(self)
+            return "mit"
+
+    source = readable_source(OfTheHub(folder), True, tmp_path / "cache", 0)
+    assert not asked
+    assert source.license == "mit"

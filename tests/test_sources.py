@@ -10,6 +10,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -289,6 +290,23 @@ def test_tiny_imagenet_is_read_as_it_is_distributed(tmp_path):
     assert (image.getpixel((0, 0)), label, source.image_size) == ((9, 9, 9), 1, 64)
     with pytest.raises(InputError, match="where Tiny-ImageNet is not; name its folder or set `download`"):
         TinyImageNet(root / "train")
+
+
+def test_tiny_imagenet_is_read_as_people_rearrange_it(tmp_path):
+    root = make_tiny_imagenet(tmp_path)
+    rows = root / "val" / "val_annotations.txt"
+    rows.write_text(rows.read_text() + "\n")
+    assert len(TinyImageNet(root).test()) == 1
+    rows.write_text("val_0.JPEG\tn00000000\t0\t0\t1\t1\n")
+    with pytest.raises(InputError, match=r"has the row \['val_0.JPEG', 'n00000000'\], which names"):
+        TinyImageNet(root)
+    rows.unlink()
+    shutil.rmtree(root / "val" / "images")
+    for level, each in ((8, "n01443537"), (9, "n02124075")):
+        (root / "val" / each).mkdir()
+        Image.new("L", (64, 64), level).save(root / "val" / each / "0.JPEG")
+    test = TinyImageNet(root).test()
+    assert [(image.getpixel((0, 0)), label) for image, label in (test[0], test[1])] == [((8,) * 3, 0), ((9,) * 3, 1)]
 
 
 @pytest.fixture
@@ -592,3 +610,20 @@ class TestHuggingFace:
         images = pickle.loads(pickle.dumps(HuggingFace(tmp_path / "train.parquet").train()))
         loader = torch.utils.data.DataLoader(images, None, num_workers=2)
         assert [label for _, label in loader] == list(images.targets)
+
+
+def test_a_training_split_is_not_tested_on(tmp_path):
+    root = make_folder(tmp_path / "pets", train=["cat", "dog"])
+    for options in ({}, {"train_folder": "train"}):
+        with pytest.raises(InputError, match="`test_folder` is 'train', the training split: its images would be both"):
+            ImageFolder(root, test_folder="train", **options)
+
+
+def test_what_a_file_does_not_have_cannot_be_asked_for(tmp_path):
+    file = tmp_path / "set.parquet"
+    datasets.Dataset.from_dict({"label": [0]}).to_parquet(file)
+    with pytest.raises(InputError, match=r"`config` is 'small', but `path` is the file .*, which has none"):
+        HuggingFace(file, config="small")
+    for path in (file, tmp_path):
+        with pytest.raises(InputError, match=r"`revision` is 'v1', but `path` is .*, which lies here"):
+            HuggingFace(path, revision="v1")

@@ -111,8 +111,8 @@ class ImageNet(ImageFolder):
 class TinyImageNet(ImageFolder):
     """Tiny-ImageNet: 200 classes of 500 training images of 64x64 pixels, and 50 each to test on.
 
-    As it is distributed: `root/tiny-imagenet-200/train/ID/images` and `val/val_annotations.txt`. Its own test images
-    have no labels, so `val` serves.
+    As it is distributed: `root/tiny-imagenet-200/train/ID/images` and `val/val_annotations.txt`, or its `val` with a
+    folder for each class, as many rearrange it. Its own test images have no labels, so `val` serves.
 
     Args:
         root: the folder that holds, or is, `tiny-imagenet-200`.
@@ -120,7 +120,7 @@ class TinyImageNet(ImageFolder):
         synonyms: of the names, the `first` or `all`.
 
     Raises:
-        InputError: where it is not there.
+        InputError: where it is not there, or its files are not as they are distributed.
     """
 
     license = "other"
@@ -143,10 +143,19 @@ class TinyImageNet(ImageFolder):
         _check_ids(folder, ids, sorted((folder / "wnids.txt").read_text().split()), "Tiny-ImageNet")
         self.classes = [readable(each, synonyms) for each in ids]
         self._train = index(folder / "train", [f"{each}/images" for each in ids])
-        lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
-        rows = [line.split("\t")[:2] for line in lines]
-        labels = [ids.index(each) for _, each in rows]
-        self._test = _Files(folder / "val" / "images", pa.array([file.encode() for file, _ in rows]), np.array(labels))
+        told = folder / "val" / "val_annotations.txt"
+        self._test = _annotated(told, ids) if told.is_file() else _index_test(folder / "val", folder / "train", ids)
+
+
+def _annotated(file: Path, ids: Sequence[str]) -> "_Files":
+    """Return the test images of Tiny-ImageNet that a file names, each in a row with its WordNet id."""
+    rows = [line.split("\t")[:2] for line in file.read_text().splitlines() if line.strip()]
+    label_of = {each: label for label, each in enumerate(ids)}
+    for row in rows:
+        if len(row) < 2 or row[1] not in label_of:
+            raise InputError(f"{str(file)!r} has the row {row}, which names no image and WordNet id of a class.")
+    labels = np.array([label_of[each] for _, each in rows])
+    return _Files(file.parent / "images", pa.array([name.encode() for name, _ in rows]), labels)
 
 
 def _download_tiny_imagenet(base: Path) -> None:
@@ -216,6 +225,8 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
         if others := sorted({*there} - {*splits, *tests}):
             sentence = f"{str(root)!r} has the training split {train_folder!r}, so other folders in it are left out"
             warnings.warn(f"{sentence}: {', '.join(others)}.", InputWarning, stacklevel=2)
+    if train_folder is not None and train_folder == test_folder:
+        raise InputError(f"`test_folder` is {test_folder!r}, the training split: its images would be both.")
     if train_folder is not None:
         return root / train_folder, class_folders(root / train_folder), root / tests[0] if tests else None
     # No training split: `root` has the classes, and beside them perhaps a test split of the same classes.

@@ -188,6 +188,10 @@ def _load(path: str, config: str | None, revision: str | None) -> "DatasetDict":
     file = Path(path).expanduser()
     if file.is_file() and file.suffix not in FILE_BUILDERS:
         raise InputError(f"`path` is the file {path!r}; it must end in one of {', '.join(FILE_BUILDERS)}.")
+    if file.exists() and revision is not None:
+        raise InputError(f"`revision` is {revision!r}, but `path` is {path!r}, which lies here; only the Hub has some.")
+    if file.is_file() and config is not None:
+        raise InputError(f"`config` is {config!r}, but `path` is the file {path!r}, which has none.")
     try:
         if file.is_file():
             return datasets.load_dataset(FILE_BUILDERS[file.suffix], data_files=str(file))
