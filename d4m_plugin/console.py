@@ -15,6 +15,7 @@ from d4m_plugin.errors import InputError, InputWarning
 
 LOG = logging.getLogger("d4m_plugin")
 LOG.addHandler(logging.NullHandler())  # else Python says its warnings a second time
+WARNING = "warning: "  # before a warning about the user's data
 
 
 def log_to(file: Path) -> None:
@@ -35,6 +36,7 @@ def log_to(file: Path) -> None:
 def to_the_user(run: Callable[[], None]) -> None:
     """Run a command; end with status 2 and one sentence where the user can mend it, with 130 at Ctrl-C."""
     warnings.formatwarning = _in_one_line
+    _told.clear()
     try:
         run()
     except KeyboardInterrupt:
@@ -58,6 +60,7 @@ def to_the_user(run: Callable[[], None]) -> None:
 
 
 _in_full = warnings.formatwarning
+_told: set[str] = set()  # warnings, each of which is said once, whichever stages and processes give it
 
 
 def _in_one_line(
@@ -65,7 +68,10 @@ def _in_one_line(
 ) -> str:
     """Say a warning about the user's data without the line of code that gave it."""
     if issubclass(category, InputWarning):
-        told = f"warning: {printable(str(message))}"
+        told = f"{WARNING}{printable(str(message))}"
+        if told in _told:
+            return ""
+        _told.add(told)
         LOG.warning(told)
         return f"{told}\n"
     return _in_full(message, category, filename, lineno, line)

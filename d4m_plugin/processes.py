@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import torch
 
 from d4m_plugin.checking import check_least
+from d4m_plugin.console import WARNING
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.progress import is_first
 
@@ -110,12 +111,16 @@ class _Other:
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=self.said)
 
     def wait(self, deadline: float) -> None:
-        """Wait for its end until a moment, and tell of a failure by the last thing that it said."""
+        """Wait for its end until a moment; pass on its warnings, and tell of a failure by the last thing it said."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(max(0, deadline - time.monotonic()))
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").splitlines()
+        for line in lines:
+            if line.startswith(WARNING):
+                warnings.warn(line.removeprefix(WARNING), InputWarning, stacklevel=2)
         if status := self.process.returncode:
-            self.said.seek(0)
-            *_, last = ["", *self.said.read().decode(errors="replace").splitlines()]
+            *_, last = ["", *lines]
             sentence = f"process {self.number} ended with status {status}, and the others did its part: {last}"
             warnings.warn(sentence, InputWarning, stacklevel=2)
 

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from d4m_plugin import InputError, Recipe, distill
+from d4m_plugin.console import to_the_user
+from d4m_plugin.errors import InputWarning
 from d4m_plugin.processes import on_all_devices
 from tests.kills import contents
 from tests.toys import Squares
@@ -25,18 +28,7 @@ def start(squares, tmp_path):
     started = []
 
     def start(*options, **environment):
-        command = [
-            sys.executable,
-            "-m",
-            "d4m_plugin",
-            "distill",
-            "--source",
-            "tests.toys.Squares",
-            "--ipc",
-            "4",
-            "--prototypes",
-            "2",
-        ]
+        command = [sys.executable, "-m", "d4m_plugin", "distill", "--source", "tests.toys.Squares"]
         command += ["--ipc", "4", "--prototypes", "2", "--diffusion", squares.diffusion]
         command += ["--output", str(tmp_path / "set"), *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT} | environment
@@ -140,3 +132,27 @@ def test_another_number_of_processes_than_was_started_is_refused(monkeypatch):
         on_all_devices(1, 1).__enter__()
     with on_all_devices("auto", 1) as first:
         assert first
+
+
+def test_what_another_process_warns_of_is_told_once(monkeypatch, capfd):
+    code = "import sys; print('warning: the class of cats is small', 'warning: so it is', sep='\\n', file=sys.stderr)"
+    start = subprocess.Popen
+
+    def another(command, **options):
+        return start([sys.executable, "-c", code], **options)
+
+    def command():
+        with on_all_devices(2):
+            warnings.warn(InputWarning("so it is"), stacklevel=1)
+            time.sleep(1)
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(subprocess, "Popen", another)
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *told: print(warnings.formatwarning(*told[:4]), end="", file=sys.stderr)
+        to_the_user(command)
+    torch.set_num_threads(threads)
+    assert capfd.readouterr().err == "warning: so it is\nwarning: the class of cats is small\n"
