@@ -15,11 +15,11 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 
 
 def refusal_of(error: BaseException) -> str | None:
-    """Return what to tell of a disk that is full or takes no writing; None of any other error."""
+    """Return what to tell of a disk that is full, or a file that may not be used; None of any other error."""
     if not isinstance(error, OSError) or error.errno not in REFUSALS:
         return None
     what = "the disk" if error.filename is None else repr(str(error.filename))
-    return f"{what} could not be written ({error.strerror}); what is done is kept: mend that and start again."
+    return f"{what} could not be used ({error.strerror}); what is done is kept: mend that and start again."
 
 
 def resolve_cache_dir(cache_dir: str | Path | None = None) -> Path:

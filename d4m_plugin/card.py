@@ -227,6 +227,7 @@ def _about(config: str, metadata: dict[str, Any], hub_id: str | None) -> str:
     options = [
         *_source_options(metadata, "data."),
         f"--data.hub_id {hub_id}" if hub_id else f"--data.set_folder {here}",
+        f"--data.config_name {config}",
     ]
     return ABOUT.format(
         source=_code(metadata["source"]["name"]), where=hub_id or here, config=config, options=" ".join(options)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tqdm.auto import tqdm
 
+from d4m_plugin.cache import refusal_of
 from d4m_plugin.errors import InputError
 
 if TYPE_CHECKING:
@@ -173,6 +174,8 @@ def _hub_errors() -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
         for cause in _causes(error):  # uploads wrap it, `datasets` too
+            if refusal := refusal_of(cause):  # this machine's disk, not the Hub
+                raise InputError(refusal) from error
             if isinstance(cause, httpx2.HTTPError):
                 raise _HubError(cause) from error
         raise _HubError(error) from error

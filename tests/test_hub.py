@@ -1,5 +1,6 @@
 """Sharing by the Hub: real huggingface_hub and datasets in processes of their own, against a small Hub in memory."""
 
+import errno
 import json
 import os
 import re
@@ -12,8 +13,9 @@ import pytest
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from d4m_plugin import DistilledDataset, Recipe, distill
+from d4m_plugin import DistilledDataset, InputError, Recipe, distill
 from d4m_plugin.distilled import checksums, with_png, write_parquet
+from d4m_plugin.hub import persistently
 from tests import families, hub_server
 from tests.toys import Squares
 
@@ -158,6 +160,7 @@ Mine.
     assert card.text.strip().startswith("# My squares\n\nMine, still.\n")
     assert [card.text.count(f"## ipc-{ipc}: ") for ipc in (2, 4)] == [1, 1]
     assert "real.parquet" in files_of(hub)
+    assert f"--data.hub_id {REPO} --data.config_name ipc-4" in card.text  # else there are two to choose from
     read = client(f"""
 import datasets
 print(json.dumps([len(datasets.load_dataset({REPO!r}, name, split="train")) for name in ("ipc-2", "ipc-4", "real")]))
@@ -299,6 +302,18 @@ PUSHES = [
     ("me/squares", "hf_old", "the Hub does not accept your token: log in anew"),
     ("me/a-model", hub_server.WRITER, None),  # a model of that name is no hindrance
 ]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_or_closed_disk_is_not_the_hubs_refusal(number):
+    def fetch():
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise RuntimeError("the download failed") from error  # as some libraries wrap it
+
+    with pytest.raises(InputError, match=f"the disk could not be used .{os.strerror(number)}"):
+        persistently(fetch, REPO)
 
 
 def test_who_may_push_where(hub, client, made):

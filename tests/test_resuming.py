@@ -315,4 +315,4 @@ def test_a_disk_that_fills_up_or_turns_read_only_damages_nothing(damage, repair,
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     ran = subprocess.run([*command, damage, repair], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert f"could not be written ({told}); what is done is kept: mend that and start again." in ran.stdout
+    assert f"could not be used ({told}); what is done is kept: mend that and start again." in ran.stdout
