@@ -23,14 +23,13 @@ from d4m_plugin.distilled import checksums, png_of, write_parquet
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.hub import license_of, without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
-from d4m_plugin.recipe import ResolvedRecipe
+from d4m_plugin.recipe import MODELS, ResolvedRecipe
 from d4m_plugin.record import FORMAT
 from d4m_plugin.screening import WithoutBadImages
 from d4m_plugin.sources import Source
 from d4m_plugin.units import load_tensors, seconds_of, write_tensors
 
 VERSIONS = ("d4m-plugin", "torch", "diffusers", "transformers", "scikit-learn")
-MODELS = ("diffusion", "vae", "lora", "teacher")  # options of a recipe that may name folders
 
 
 def write_set(

@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from d4m_plugin.console import OneSentenceErrors, log_to, table, to_the_user
 
@@ -101,7 +102,10 @@ def _call(command: str, args: list[str]) -> None:
     parser.add_function_arguments(function, as_positional=command in POSITIONAL)
     if command in SHARED:
         parser.add_function_arguments(on_all_devices)
-    options = vars(parser.instantiate(parser.parse_args(args)))
+    given = vars(parser.instantiate(parser.parse_args(args)))
+    options: dict[str, Any] = {
+        name: value.expanduser() if isinstance(value, Path) else value for name, value in given.items()
+    }
     options.pop("config")
     if log_file := options.pop("log_file"):
         log_to(log_file)

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -381,6 +382,7 @@ def find_model(model: str) -> str:
     """
     if model in EMBEDDED:
         return str(ASSETS / model)
+    model = os.path.expanduser(model)
     if Path(model).is_file():
         if Path(model).suffix != ".safetensors":
             raise InputError(
@@ -394,7 +396,7 @@ def find_model(model: str) -> str:
                 f"`diffusion` is the folder {model!r}, which has no model_index.json: no diffusers pipeline."
             )
         return model
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+    if model.count("/") == 1 and not model.startswith((".", "/")):
         return model
     known = ", ".join(EMBEDDED)
     raise InputError(
@@ -438,8 +440,8 @@ def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
 
 
 def model_digest(model: str) -> str:
-    """Return a hash of a model's files, "" for one on the Hub, whose revision names it."""
-    place = ASSETS / model if model in EMBEDDED else Path(model)
+    """Return a hash of a model's or teacher's files, "" for one on the Hub, whose revision names it."""
+    place = ASSETS / model if model in EMBEDDED else Path(model.removeprefix("transformers:")).expanduser()
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     parts = []
     for path in filter(Path.is_file, files):

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d4m_plugin.assembling import MODELS, write_set
+from d4m_plugin.assembling import write_set
 from d4m_plugin.cache import aside_of, flush, make_writable, refusal_of, resolve_cache_dir
 from d4m_plugin.checking import check_least
 from d4m_plugin.devices import Batches
@@ -31,7 +31,7 @@ from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.progress import Progress, say
 from d4m_plugin.prototypes import Prototypes, cluster
-from d4m_plugin.recipe import Recipe, ResolvedRecipe
+from d4m_plugin.recipe import MODELS, Recipe, ResolvedRecipe
 from d4m_plugin.record import FORMAT
 from d4m_plugin.screening import check_images, readable_source
 from d4m_plugin.seeding import seed_of
@@ -86,10 +86,10 @@ def distill(
     cache = resolve_cache_dir(cache_dir)
     source = readable_source(source, skip_bad_images, cache, num_workers)
     resolved = (recipe or Recipe()).resolved(source)
-    _check_classes(source)
+    check_classes(source)
     fingerprint = set_fingerprint(source, resolved)
     if output:
-        folder = Path(output).resolve()
+        folder = Path(output).expanduser().resolve()
         if folder.is_file():
             raise InputError(f"`output` is {str(output)!r}, which is a file; name a folder.")
         if not _is_finished(folder):
@@ -100,7 +100,8 @@ def distill(
     work = folder.with_name(f"{folder.name}.partial") / fingerprint
     try:
         with torch.random.fork_rng(devices=[]):  # so that training goes on alike from a set made or found
-            _make(folder, work, source, resolved, cache, (batch_size, num_workers, keep_latents, compile))
+            options = (batch_size, num_workers, keep_latents, compile)
+            _make(folder, work, partial(_distil_into, folder, work, source, resolved, cache, *options))
     except DamagedError as error:  # since it was checked
         raise InputError(f"{error} Start again: it is made anew.") from error
     except OSError as error:
@@ -114,20 +115,13 @@ def distill(
     return dataset
 
 
-def _make(
-    folder: Path,
-    work: Path,
-    source: Source,
-    recipe: ResolvedRecipe,
-    cache: Path,
-    options: tuple[int, int, bool, bool],
-) -> None:
+def _make(folder: Path, work: Path, distil: Callable[[], None]) -> None:
     """Leave the finished set in a folder, made in another by this process and others."""
     if not _is_finished(folder):
         work.mkdir(parents=True, exist_ok=True)
         try:
             if not _is_finished(folder):  # still, so that no work is begun in a folder made after the end
-                _distil_into(folder, work, source, recipe, cache, *options)
+                distil()
         except OSError:
             if not _is_finished(folder):  # else another process was first, and removed the work
                 raise
@@ -155,7 +149,12 @@ def set_fingerprint(source: Source, recipe: ResolvedRecipe) -> str:
     return digest([json.dumps(decides), *models])[:12]
 
 
-def _check_classes(source: Source) -> None:
+def check_classes(source: Source) -> None:
+    """Refuse a source of one class, or of one without training images.
+
+    Raises:
+        InputError: where it is one.
+    """
     if len(source.classes) < 2:
         raise InputError(f"{source.name} has the one class {source.classes[0]!r}; there is nothing to tell apart.")
     counts = torch.as_tensor(source.train().targets).bincount(minlength=len(source.classes))

@@ -81,9 +81,10 @@ class DistilledDataset(VisionDataset):
             config = _choose(repository.configs, config, str(root))
             self.folder, self.revision = repository.fetch(config), repository.revision
         else:
-            folders = Path(root).glob("*/d4m.json") if Path(root).is_dir() else ()
+            here = Path(root).expanduser()
+            folders = here.glob("*/d4m.json") if here.is_dir() else ()
             found = sorted(path.parent.name for path in folders)
-            self.folder = Path(root) / _choose(found, config, str(root))
+            self.folder = here / _choose(found, config, str(root))
         self.metadata = read_record(self.folder)
         self.recipe: dict[str, Any] = self.metadata["recipe"]
         self.classes: list[str] = self.metadata["source"]["classes"]

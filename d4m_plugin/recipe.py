@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import Resize
 
+MODELS = ("diffusion", "vae", "lora", "teacher")  # options that may name folders and files
 MOST_LISTED = 1000  # the largest divisor that an error names
 
 
@@ -84,6 +86,9 @@ class Recipe:
         if self.class_names is not None:
             object.__setattr__(self, "class_names", _read_names(self.class_names))
         check_fields(self)
+        for name in MODELS:
+            if value := getattr(self, name):
+                object.__setattr__(self, name, os.path.expanduser(value))
         check_least(
             1,
             ipc=self.ipc,
@@ -140,13 +145,14 @@ class Recipe:
         for name in names:
             if name not in known:
                 raise InputError(f"`class_names` has {name!r}, which is no class of {source.name} and no label number.")
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
-        values["prototypes"] = self.prototypes or _default_prototypes(self.ipc)
-        values["class_names"] = names
-        values["diffusion"] = self.diffusion or source.diffusion
-        values["teacher"] = (self.teacher or "auto") if self.oversample > 1 else None
-        values["image_size"] = self.image_size or source.image_size
-        return ResolvedRecipe(**values)
+        defaults = {
+            "prototypes": self.prototypes or _default_prototypes(self.ipc),
+            "class_names": names,
+            "diffusion": self.diffusion or source.diffusion,
+            "teacher": (self.teacher or "auto") if self.oversample > 1 else None,
+            "image_size": self.image_size or source.image_size,
+        }
+        return ResolvedRecipe(**vars(self) | defaults)
 
     @property
     def steps(self) -> int:
@@ -187,7 +193,7 @@ def _read_names(given: dict[Any, Any] | str) -> dict[str, str]:
         try:
             # A mapping whose values are no names comes as text, too.
             is_mapping = given.lstrip().startswith("{")
-            names = yaml.safe_load(given if is_mapping else Path(given).read_text(encoding="utf-8"))
+            names = yaml.safe_load(given if is_mapping else Path(given).expanduser().read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
             raise InputError(f"{option} cannot be read ({reason}).") from error

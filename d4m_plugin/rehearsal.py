@@ -16,7 +16,7 @@ from d4m_plugin.cache import make_writable
 from d4m_plugin.checking import check_least
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion
-from d4m_plugin.distillation import BLOCK
+from d4m_plugin.distillation import BLOCK, check_classes
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError
 from d4m_plugin.preview import grid
@@ -48,6 +48,7 @@ def estimate(
         Names of the table's rows, in order, and their values.
     """
     check_least(1, batch_size=batch_size)
+    check_classes(source)
     resolved = recipe.resolved(source)
     model = open_model(resolved, compile)
     warn_of_prompts(resolved.prompts(source.classes), resolved, model)
@@ -77,7 +78,7 @@ def estimate(
     at_once = min(batch_size, to_make)
     step, once = _denoising(model, latents[:1].expand(at_once, *latents.shape[1:]), source.classes[0], resolved)
     pixels = to_make * resolved.image_size**2 * 3
-    prototypes = len(source.classes) * resolved.prototypes * latents[0].numel() * 4
+    prototypes = len(source.classes) * resolved.prototypes * latents[0].numel() * 2  # float16
     parts = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
     weights = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.parameters())
     checked = isinstance(source, WithoutBadImages)  # by now
@@ -191,6 +192,7 @@ def preview(
         raise InputError(f"`output` is {str(output)!r}; it must end in .png.")
     make_writable(output.resolve().parent, "output")
     source = readable_source(source, skip_bad_images, cache_dir, num_workers)
+    check_classes(source)
     resolved = dataclasses.replace(Recipe(**recipe), ipc=images, prototypes=images).resolved(source)
     model, teacher = open_model(resolved), open_teacher(resolved, source, cache_dir)
     prompts = resolved.prompts(source.classes)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from d4m_plugin.assembling import MODELS
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.hub import NotOnTheHub, Repository, find_repository, without_folders
-from d4m_plugin.recipe import Recipe
+from d4m_plugin.recipe import MODELS, Recipe
 from d4m_plugin.sources import HuggingFace, LabelledImages, Source
 from d4m_plugin.sources.names import match_classes
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d4m_plugin.cache import checksum, resolve_cache_dir
+from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.checking import fault_of, read_json
 from d4m_plugin.devices import autocast, compute_dtype
-from d4m_plugin.diffusion import ASSETS, EMBEDDED
+from d4m_plugin.diffusion import ASSETS, EMBEDDED, model_digest
 from d4m_plugin.errors import InputError
 from d4m_plugin.logits import logits_in
 from d4m_plugin.models.students import SMALL_IMAGE, create_student
@@ -155,8 +155,8 @@ def name_of(teacher: str | Path | nn.Module) -> str:
 
 
 def teacher_digest(teacher: str) -> str:
-    """Return what tells a teacher from others: a file by its content."""
-    return checksum(Path(teacher)) if Path(teacher).is_file() else teacher
+    """Return what tells a teacher from others: its option, and what a file or folder of that name holds."""
+    return teacher + model_digest(teacher)
 
 
 def _open(teacher: str, source: Source, cache_dir: str | Path | None) -> Teacher:
@@ -168,7 +168,7 @@ def _open(teacher: str, source: Source, cache_dir: str | Path | None) -> Teacher
         return _read_safetensors(ASSETS / teacher / "teacher.safetensors")
     if pretrained := open_pretrained(teacher, "teacher"):
         return pretrained
-    path = Path(teacher)
+    path = Path(teacher).expanduser()
     if path.is_file() and path.suffix in (".ckpt", ".safetensors"):
         return _build(*_student_of(path), path) if path.suffix == ".ckpt" else _read_safetensors(path)
     raise InputError(

@@ -14,8 +14,9 @@ import yaml
 from datasets import load_dataset
 from PIL import Image
 
-from d4m_plugin import Digits, cli, console
+from d4m_plugin import D4MDataModule, Digits, DistilledDataset, cli, console
 from d4m_plugin.errors import InputWarning
+from tests.toys import Squares
 
 SHORT = ["--data.num_inference_steps", "4", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
 
@@ -317,6 +318,23 @@ def test_a_set_cannot_take_the_place_of_a_file(run):
 
 
 @pytest.mark.filterwarnings("ignore:.* cannot be read and are left out")
+@pytest.mark.parametrize("command", [["preview", "--images", "1"], ["distill", "--dry_run", "true", "--ipc", "1"]])
+def test_a_class_without_images_is_told_before_a_try(run, monkeypatch, command):
+    monkeypatch.setattr(Digits, "train", lambda _: Squares(classes=("a", "b")).train())
+    status, _, err = run(*command)
+    assert (status, err) == (2, "error: class '2' of digits (label 2) has no training images.\n")
+
+
+def test_a_tilde_in_a_value_is_the_users_home(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--ipc", "1", "--num_inference_steps", "2", "--output=~/set"]
+    assert run("distill", *words)[0] == 0
+    assert DistilledDataset("~/set").folder == tmp_path / "set" / "ipc-1"
+    assert D4MDataModule(Digits(), set_folder="~/set").distilled.folder == tmp_path / "set" / "ipc-1"
+    assert run("preview", "--images", "1", "--classes", "1", "--of_class", "2", "--output=~/look.png")[0] == 0
+    assert (tmp_path / "look.png").is_file()
+
+
 @pytest.mark.parametrize("command", [["preview", "--images", "1"], ["distill", "--dry_run", "true", "--ipc", "1"]])
 def test_before_the_long_run_too_a_bad_image_can_be_skipped(run, command):
     for number in range(3):

@@ -96,3 +96,11 @@ def test_a_file_of_class_names_that_is_none_is_named(tmp_path, content):
         (tmp_path / "names.yaml").write_text(content)
     with pytest.raises(InputError, match=r"`class_names` is '.*names.yaml', which (cannot be read|holds no mapping)"):
         Recipe(class_names=str(tmp_path / "names.yaml"))
+
+
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "names.yaml").write_text("red: crimson")
+    recipe = Recipe(diffusion="~/model", vae="~/vae", lora="~/lora", class_names="~/names.yaml")
+    assert [recipe.diffusion, recipe.vae, recipe.lora] == [f"{tmp_path}/{part}" for part in ("model", "vae", "lora")]
+    assert recipe.class_names == {"red": "crimson"}

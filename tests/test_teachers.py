@@ -12,7 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Teacher
 from d4m_plugin.sources.names import imagenet_ids, match_classes, readable, wordnet
-from d4m_plugin.teachers import check_above_chance, load_teacher, save_teacher
+from d4m_plugin.teachers import check_above_chance, load_teacher, save_teacher, teacher_digest
 from tests.toys import Squares
 
 
@@ -293,3 +293,16 @@ def test_a_checkpoint_of_something_else_is_named(tmp_path):
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(InputError, match=r"text.safetensors', which is no safetensors file"):
         load_teacher(tmp_path / "text.safetensors", Squares())
+
+
+@pytest.mark.parametrize("form", ["{}", "transformers:{}"])
+def test_a_teacher_in_a_file_or_folder_is_told_by_what_it_holds(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    names = [form.format(name) for name in (folder, "~/vit")]
+    before = [teacher_digest(name) for name in names]
+    (folder / "model.safetensors").write_bytes(b"two")
+    assert not {*before} & {teacher_digest(name) for name in names}
+    assert teacher_digest("torchvision:resnet18") == teacher_digest("torchvision:resnet18") != teacher_digest("auto")

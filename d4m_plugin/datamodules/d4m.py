@@ -148,7 +148,7 @@ class D4MDataModule(L.LightningDataModule):
         self._named_set: DistilledDataset | None = None
         self._others_set: OthersSet | None = None
         if train_on == "distilled" and set_folder:
-            self._named_set = DistilledDataset(Path(set_folder).resolve(), config_name)
+            self._named_set = DistilledDataset(Path(set_folder).expanduser().resolve(), config_name)
         if train_on == "distilled" and hub_id:
             found = find_set(self.source, self.recipe, hub_id, config_name, revision, exact=push)
             if isinstance(found, OthersSet):
