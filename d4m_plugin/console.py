@@ -103,6 +103,13 @@ class OneSentenceErrors:
     exit_on_error: bool
     _option_string_actions: dict[str, Any]
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a file of options that is no text, such as a checkpoint."""
+        try:
+            return super().parse_args(*args, **kwargs)  # type: ignore[misc]  # jsonargparse's parser, as below
+        except UnicodeDecodeError:
+            fail("`config` names a file that is no text; name a YAML file of options (a checkpoint is `ckpt_path`).")
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the option and what is wrong with it, and exit with status 2."""
         message += _what_is_meant(message, self._option_string_actions)
@@ -129,6 +136,18 @@ _AROUND_THE_FACT = re.compile(
 )
 
 
+_EXPECTED = re.compile(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\]|tuple with (\d+) elements)")
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "dict": "a mapping",
+    "tuple": "a list",
+    "NoneType": "null",
+}
+
+
 def one_sentence(message: str) -> str:
     """Return the option's full name and the fact from a message of jsonargparse, which nests one in the other."""
     option = ".".join(re.findall(r'Parser key "([^"]+)"', message))
@@ -138,6 +157,13 @@ def one_sentence(message: str) -> str:
         return " ".join(lines)
     if missing := re.match("the following arguments are required: (.*)", facts[-1]):
         return f"`{option}.{missing[1]}` is missing; name it too."
+    kinds, *values = re.split(r"(?:Got|Given) value: (.*)", message.rpartition("Parser key")[2])
+    if values and _EXPECTED.match(facts[-1]):
+        right = [
+            _KINDS.get(kind) or (f"a list of {count}" if count else words.replace(", ", " or "))
+            for kind, words, count in _EXPECTED.findall(kinds)
+        ]
+        return f"`{option}` is {values[0]}; it must be {' or '.join(right)}."
     unknown = re.match(r"Expected a dot import path string: (.*)", facts[-1])
     if not unknown:
         return f"`{option}`: {facts[-1]}"

@@ -1,0 +1,120 @@
+"""Does a diffusion model get better while it is trained on? What it draws from noise alone, by a teacher's eye.
+
+    d4m pretrain --source HuggingFace --source.path cifar10 --start_from cifar10 --output longer --unet_steps 6000 &
+    cp longer.partial/*/unet.ckpt 500.ckpt  # and so on, every 500 steps
+    python benchmarks/learning_curve.py --source HuggingFace --source.path cifar10 --checkpoints '[500.ckpt]'
+
+A row for each checkpoint and guidance scale: the share of the images that the teacher names as their prompt says, and
+FID and KID by its features beside real training images. Noises are the same in all rows.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from d4m_plugin import Digits, LatentDiffusion, Recipe, Source
+from d4m_plugin.evaluation.figures import new_figure
+from d4m_plugin.evaluation.pictures import judge
+from d4m_plugin.prototypes import Prototypes
+from d4m_plugin.recipe import ResolvedRecipe
+from d4m_plugin.sources.images import squares_of
+from d4m_plugin.subsets import at_most
+from d4m_plugin.synthesis import open_model, synthesise
+from d4m_plugin.teachers import load_teacher
+
+BATCH = 100  # images
+REAL = 5000  # training images beside which the drawn ones are judged
+
+
+def drawn(model: LatentDiffusion, recipe: ResolvedRecipe, source: Source) -> tuple[Tensor, Tensor]:
+    """Return what the model draws of each class from noise, uint8, shape (N, 3, H, W), and the labels, int64, (N,)."""
+    edge = model.resolution // model.pipeline.vae_scale_factor
+    nothing = Prototypes(torch.zeros(1, model.pipeline.vae.config.latent_channels, edge, edge), torch.ones(1))
+    classes = range(len(source.classes))
+    wanted = [(label, index) for index in range(recipe.ipc) for label in classes]
+    prompts = recipe.prompts(source.classes)
+    parts = [
+        synthesise(wanted[start : start + BATCH], dict.fromkeys(classes, nothing), prompts, recipe, model)
+        for start in range(0, len(wanted), BATCH)
+    ]
+    return torch.cat([part["image"] for part in parts]), torch.cat([part["label"] for part in parts])
+
+
+def main(
+    checkpoints: tuple[Path, ...],
+    source: Source | None = None,
+    model: str | None = None,
+    teacher: str = "auto",
+    guidance_scale: tuple[float, ...] = (1.0, 2.0, 8.0),
+    images: int = 50,
+    steps: int = 20,
+    output: Path = Path("learning_curve.jsonl"),
+) -> None:
+    """Judge the model that a training started from, and what it was at each checkpoint; print rows, draw the curve.
+
+    Args:
+        checkpoints: of `d4m pretrain --start_from`, in which the weights are averages.
+        source: the real images; scikit-learn's digits by default.
+        model: what the training started from; by default the source's own.
+        teacher: as TeacherMatching takes it.
+        guidance_scale: of each, a row.
+        images: of each class.
+        steps: of DPM-Solver++ for each image.
+        output: a row a line; rows that are there are not made again. The picture lies beside it.
+    """
+    source = source or Digits()
+    judging = load_teacher(teacher, source)
+    real = at_most(source.train(), REAL // len(source.classes), seed=0)
+    real_pixels, real_labels = squares_of(real, source.image_size), torch.as_tensor(real.targets)
+    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    for checkpoint in (None, *checkpoints):
+        kept: dict[str, Any] = torch.load(checkpoint, weights_only=True, mmap=True) if checkpoint else {}
+        step = kept.get("global_step", 0)
+        for scale in guidance_scale:
+            if any((row["step"], row["guidance_scale"]) == (step, scale) for row in rows):
+                continue
+            recipe = Recipe(
+                ipc=images,
+                prototypes=1,
+                diffusion=model,
+                strength=1.0,
+                guidance_scale=scale,
+                num_inference_steps=steps,
+                scheduler="DPMSolverMultistepScheduler",
+            ).resolved(source)
+            trained = open_model(recipe)
+            for name in ("unet", "text_encoder") if kept else ():
+                weights = {key: value for key, value in kept["state_dict"].items() if key.startswith(f"{name}.")}
+                part = getattr(trained.pipeline, name)
+                part.load_state_dict({key.removeprefix(f"{name}."): value for key, value in weights.items()})
+            pixels, labels = drawn(trained, recipe, source)
+            figures = judge(judging, teacher, pixels, labels, real_pixels, real_labels)
+            row = {"step": step, "guidance_scale": scale, "images": len(pixels), "agreement": figures.agreement}
+            row |= {"fid": figures.frechet_distance, "kid": figures.kernel_distance, "coverage": figures.coverage}
+            rows.append(row)
+            with output.open("a") as file:
+                file.write(f"{json.dumps(row)}\n")
+            print(row, flush=True)
+    draw(rows, output.with_suffix(".png"))
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw agreement and FID against the steps, a line for each guidance scale."""
+    figure = new_figure(10, 4)
+    panels = (("agreement", "named as prompted, %", 100), ("fid", "FID by the teacher's features", 1))
+    for axis, (name, label, unit) in zip(figure.subplots(1, 2), panels, strict=True):
+        for scale in sorted({row["guidance_scale"] for row in rows}):
+            line = sorted((row["step"], unit * row[name]) for row in rows if row["guidance_scale"] == scale)
+            axis.plot(*zip(*line, strict=True), marker="o", label=f"guidance {scale:g}")
+        axis.set(xlabel="steps that the U-Net was trained on", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
