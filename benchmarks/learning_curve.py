@@ -2,7 +2,8 @@
 
     d4m pretrain --source HuggingFace --source.path cifar10 --start_from cifar10 --output longer --unet_steps 6000 &
     cp longer.partial/*/unet.ckpt 500.ckpt  # and so on, every 500 steps
-    python benchmarks/learning_curve.py --source HuggingFace --source.path cifar10 --checkpoints '[500.ckpt]'
+    python benchmarks/learning_curve.py --source HuggingFace --source.path cifar10 --model cifar10 --teacher cifar10 \
+        --checkpoints '[500.ckpt]'
 
 A row for each checkpoint and guidance scale: the share of the images that the teacher names as their prompt says, and
 FID and KID by its features beside real training images. Noises are the same in all rows.
@@ -72,10 +73,11 @@ def main(
     real_pixels, real_labels = squares_of(real, source.image_size), torch.as_tensor(real.targets)
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     for checkpoint in (None, *checkpoints):
-        kept: dict[str, Any] = torch.load(checkpoint, weights_only=True, mmap=True) if checkpoint else {}
-        step = kept.get("global_step", 0)
+        kept: dict[str, Any] = torch.load(checkpoint, "cpu", weights_only=True, mmap=True) if checkpoint else {}
         for scale in guidance_scale:
-            if any((row["step"], row["guidance_scale"]) == (step, scale) for row in rows):
+            decides = {"model": model, "teacher": teacher, "step": kept.get("global_step", 0), "guidance_scale": scale}
+            decides |= {"images": images, "denoising_steps": steps}
+            if any(decides.items() <= row.items() for row in rows):
                 continue
             recipe = Recipe(
                 ipc=images,
@@ -93,8 +95,8 @@ def main(
                 part.load_state_dict({key.removeprefix(f"{name}."): value for key, value in weights.items()})
             pixels, labels = drawn(trained, recipe, source)
             figures = judge(judging, teacher, pixels, labels, real_pixels, real_labels)
-            row = {"step": step, "guidance_scale": scale, "images": len(pixels), "agreement": figures.agreement}
-            row |= {"fid": figures.frechet_distance, "kid": figures.kernel_distance, "coverage": figures.coverage}
+            row = decides | {"agreement": figures.agreement, "fid": figures.frechet_distance}
+            row |= {"kid": figures.kernel_distance, "coverage": figures.coverage}
             rows.append(row)
             with output.open("a") as file:
                 file.write(f"{json.dumps(row)}\n")

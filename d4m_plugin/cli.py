@@ -110,7 +110,7 @@ def _call(command: str, args: list[str]) -> None:
     if log_file := options.pop("log_file"):
         log_to(log_file)
     devices, num_nodes = options.pop("devices", 1), options.pop("num_nodes", 1)
-    alone = options.get("dry_run")
+    alone = command not in SHARED or options.get("dry_run")
     with nullcontext(is_first()) if alone else on_all_devices(devices, num_nodes) as first:
         told = rows_of(function(**options)) if first or not alone else {}
     if first:

@@ -136,14 +136,18 @@ _AROUND_THE_FACT = re.compile(
 )
 
 
-_EXPECTED = re.compile(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\]|tuple with (\d+) elements)")
+_EXPECTED = re.compile(
+    r"Expected an? (?:<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[(.*?)\]|tuple with (\d+) elements)"
+)
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
     "str": "text",
     "dict": "a mapping",
+    "list": "a list",
     "tuple": "a list",
+    "Sequence": "a list",
     "NoneType": "null",
 }
 
@@ -160,7 +164,7 @@ def one_sentence(message: str) -> str:
     kinds, *values = re.split(r"(?:Got|Given) value: (.*)", message.rpartition("Parser key")[2])
     if values and _EXPECTED.match(facts[-1]):
         right = [
-            _KINDS.get(kind) or (f"a list of {count}" if count else words.replace(", ", " or "))
+            f"a list of {count}" if count else _KINDS.get(kind, kind) or words.replace(", ", " or ")
             for kind, words, count in _EXPECTED.findall(kinds)
         ]
         return f"`{option}` is {values[0]}; it must be {' or '.join(right)}."

@@ -440,8 +440,8 @@ def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
 
 
 def model_digest(model: str) -> str:
-    """Return a hash of a model's or teacher's files, "" for one on the Hub, whose revision names it."""
-    place = ASSETS / model if model in EMBEDDED else Path(model.removeprefix("transformers:")).expanduser()
+    """Return a hash of a model's files, "" for one on the Hub, whose revision names it."""
+    place = ASSETS / model if model in EMBEDDED else Path(model).expanduser()
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     parts = []
     for path in filter(Path.is_file, files):

@@ -145,12 +145,12 @@ def _is_finished(folder: Path) -> bool:
 def set_fingerprint(source: Source, recipe: ResolvedRecipe) -> str:
     """Return twelve hexadecimal digits that name a source, a recipe, and the weights of a model in a folder."""
     decides = [FORMAT, source.fingerprint, list(source.classes), dataclasses.asdict(recipe)]
-    models = [model_digest(model) for name in MODELS if (model := getattr(recipe, name))]
+    models = [model_digest(model.removeprefix("transformers:")) for name in MODELS if (model := getattr(recipe, name))]
     return digest([json.dumps(decides), *models])[:12]
 
 
 def check_classes(source: Source) -> None:
-    """Refuse a source of one class, or of one without training images.
+    """Refuse a source of one class, or with a class that has no training images.
 
     Raises:
         InputError: where it is one.

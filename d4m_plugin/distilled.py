@@ -9,6 +9,7 @@ ipc-10/preview.png, prototypes.png      a grid each, one row a class
 
 import io
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ class DistilledDataset(VisionDataset):
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
+        root = root.expanduser() if isinstance(root, Path) else os.path.expanduser(root)
         super().__init__(root, transform=transform, target_transform=target_transform)
         self.revision: str | None = None
         if _is_repository(root):
@@ -81,10 +83,9 @@ class DistilledDataset(VisionDataset):
             config = _choose(repository.configs, config, str(root))
             self.folder, self.revision = repository.fetch(config), repository.revision
         else:
-            here = Path(root).expanduser()
-            folders = here.glob("*/d4m.json") if here.is_dir() else ()
+            folders = Path(root).glob("*/d4m.json") if Path(root).is_dir() else ()
             found = sorted(path.parent.name for path in folders)
-            self.folder = here / _choose(found, config, str(root))
+            self.folder = Path(root) / _choose(found, config, str(root))
         self.metadata = read_record(self.folder)
         self.recipe: dict[str, Any] = self.metadata["recipe"]
         self.classes: list[str] = self.metadata["source"]["classes"]

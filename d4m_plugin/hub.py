@@ -86,8 +86,8 @@ def license_of(name: str, kind: Literal["dataset", "model"]) -> str:
     from huggingface_hub import hf_hub_download
 
     try:
-        file = Path(name) / "README.md"
-        if not Path(name).exists():
+        file = Path(name).expanduser() / "README.md"
+        if not file.parent.exists():
             file = Path(hf_hub_download(name, "README.md", repo_type=kind))
         stated = card_of(file.read_bytes(), str(file)).data.get("license")
     except (OSError, ValueError, httpx2.HTTPError):
@@ -174,9 +174,7 @@ def _hub_errors() -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError, httpx2.HTTPError) as error:
         for cause in _causes(error):  # uploads wrap it, `datasets` too
-            if refusal := refusal_of(cause):  # this machine's disk, not the Hub
-                raise InputError(refusal) from error
-            if isinstance(cause, httpx2.HTTPError):
+            if isinstance(cause, httpx2.HTTPError) or refusal_of(cause):
                 raise _HubError(cause) from error
         raise _HubError(error) from error
 
@@ -217,6 +215,8 @@ def _explained(error: _HubError, repo_id: str, local: str | None) -> InputError:
     cause, status = error.cause, error.status
     whole = f"; the set in {local!r} is whole: push it later" if local else ""
     what = f"`hub_id` is {repo_id!r}"
+    if refusal := refusal_of(cause):  # this machine's disk, not the Hub
+        return InputError(f"{what}, but {refusal.rstrip('.')}{whole}.")
     if isinstance(cause, errors.HFValidationError):
         return InputError(f"{what}, which is no name of the Hub's: {error}")
     if isinstance(cause, errors.GatedRepoError):

@@ -98,7 +98,7 @@ class D4MCLI(LightningCLI):
         """Refuse a checkpoint that is not there."""
         named = self._get(self.config_init, "ckpt_path")
         path = str(named or "")
-        if path.endswith(".ckpt") and "://" not in path and not Path(path).is_file():
+        if path.endswith(".ckpt") and "://" not in path and not Path(path).expanduser().is_file():
             raise InputError(f"`ckpt_path` is {path!r}, and there is no such file.")
 
     def before_test(self) -> None:

@@ -11,7 +11,7 @@ from d4m_plugin.devices import this_device, trainer_precision
 
 
 def own_trainer(max_steps: int, callbacks: Sequence[L.Callback], **options: Any) -> L.Trainer:
-    """Return a trainer on this process's device, under torchrun and SLURM too, which only trains.
+    """Return a trainer on this process's device, under torchrun and SLURM too, which does not validate.
 
     Args:
         max_steps: updates.

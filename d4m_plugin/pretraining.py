@@ -33,7 +33,6 @@ from d4m_plugin.latent_training import AutoencoderTraining, DenoiserTraining, tr
 from d4m_plugin.progress import Progress
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.sources.images import squares_of
-from d4m_plugin.units import in_turn
 
 LATENT_CHANNELS = 4  # what diffusers' image-to-image pipelines take as latents (SD and SDXL)
 TEXT_LENGTH = 77  # tokens, CLIP's own
@@ -156,6 +155,7 @@ def pretrain(
         size = f"of {own_size} pixels, and `image_size` {image_size}"
         raise InputError(f"`start_from` is {start_from!r}, {size}; use its own.")
     make_writable(output.resolve().parent, "output")
+
     options = [image_size, list(vae_channels), list(unet_channels), vae_steps, unet_steps, batch_size, vae_lr, unet_lr]
     start = model_digest(start_from) if start_from else ""
     decides = [source.fingerprint, list(source.classes), source.flip, *options, start, seed]
@@ -163,42 +163,39 @@ def pretrain(
     work = partial / hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
 
-    with in_turn(work, "trains the pipeline"):
-        if output.exists():  # of several processes that run the command, another was first
-            return output
-        images, labels = _images(source, image_size)
-        if source.flip:
-            images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
-        if pipeline is None:
-            L.seed_everything(seed, verbose=False)
-            vae = _new_vae(image_size, vae_channels)
-            trained = work / "vae.safetensors"
-            if trained.exists():
-                load_model(vae, trained)
-            else:
-                module = AutoencoderTraining(vae, images, batch_size, vae_lr, seed)
-                train(module, vae_steps, [RunProgress("VAE")], work / "vae.ckpt", compile)
-                with written_whole(trained) as path:
-                    save_model(vae, str(path))
-            sample = images[:: max(1, len(images) // SCALE_SAMPLE)]
-            vae.register_to_config(scaling_factor=round(1 / _latents(vae, sample, batch_size).std().item(), 5))
-            L.seed_everything(seed, verbose=False)
-            pipeline = _new_pipeline(vae, image_size // 2 ** (len(vae_channels) - 1), unet_channels)
-        latents = _latents(pipeline.vae, images, batch_size) * pipeline.vae.config.scaling_factor
-        del images
+    images, labels = _images(source, image_size)
+    if source.flip:
+        images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
+    if pipeline is None:
+        L.seed_everything(seed, verbose=False)
+        vae = _new_vae(image_size, vae_channels)
+        trained = work / "vae.safetensors"
+        if trained.exists():
+            load_model(vae, trained)
+        else:
+            module = AutoencoderTraining(vae, images, batch_size, vae_lr, seed)
+            train(module, vae_steps, [RunProgress("VAE")], work / "vae.ckpt", compile)
+            with written_whole(trained) as path:
+                save_model(vae, str(path))
+        sample = images[:: max(1, len(images) // SCALE_SAMPLE)]
+        vae.register_to_config(scaling_factor=round(1 / _latents(vae, sample, batch_size).std().item(), 5))
+        L.seed_everything(seed, verbose=False)
+        pipeline = _new_pipeline(vae, image_size // 2 ** (len(vae_channels) - 1), unet_channels)
+    latents = _latents(pipeline.vae, images, batch_size) * pipeline.vae.config.scaling_factor
+    del images
 
-        # A decay that leaves e**-10 of the initial weights, however short the run.
-        ema = get_ema_multi_avg_fn(max(0.0, min(0.999, 1 - 10 / unet_steps)))
-        prompt_ids = tokenize(pipeline.tokenizer, [*source.classes, ""])
-        denoiser = DenoiserTraining(pipeline, prompt_ids, (latents, labels), batch_size, unet_lr, seed)
-        callbacks = [RunProgress("U-Net"), WeightAveraging(multi_avg_fn=ema)]
-        train(denoiser, unet_steps, callbacks, work / "unet.ckpt", compile)
+    # A decay that leaves e**-10 of the initial weights, however short the run.
+    ema = get_ema_multi_avg_fn(max(0.0, min(0.999, 1 - 10 / unet_steps)))
+    prompt_ids = tokenize(pipeline.tokenizer, [*source.classes, ""])
+    denoiser = DenoiserTraining(pipeline, prompt_ids, (latents, labels), batch_size, unet_lr, seed)
+    callbacks = [RunProgress("U-Net"), WeightAveraging(multi_avg_fn=ema)]
+    train(denoiser, unet_steps, callbacks, work / "unet.ckpt", compile)
 
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-            part.half()
-        pipeline.save_pretrained(work / "pipeline")
-        (work / "pipeline").replace(output)
-        shutil.rmtree(partial)
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.half()
+    pipeline.save_pretrained(work / "pipeline")
+    (work / "pipeline").replace(output)
+    shutil.rmtree(partial)
     return output
 
 

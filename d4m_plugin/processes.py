@@ -32,8 +32,8 @@ GRACE = 2.0  # seconds that a process has to end
 def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) -> Iterator[bool]:
     """Run the body in a process for each device, and tell each whether it is the first of all.
 
-    Where neither torchrun nor SLURM has started processes, the others run the same command as this one, silently.
-    They end with this one: when it is done, so is the work. Where one of them fails, the rest do its part.
+    Where neither torchrun nor SLURM has started processes, the others run the same command as this one. They end with
+    it: when it is done, so is the work, and what they warned of is told. Where one of them fails, the rest do its part.
 
     Args:
         devices: of this machine; `auto`, all accelerators, or one process on a CPU.
@@ -43,7 +43,7 @@ def on_all_devices(devices: int | Literal["auto"] = "auto", num_nodes: int = 1) 
         InputError: where there are not so many devices, or torchrun or SLURM has started another number of processes.
 
     Warns:
-        InputWarning: where another process failed.
+        InputWarning: where another process warned of something, or failed.
     """
     launcher = _launcher()
     there = torch.accelerator.device_count() if torch.accelerator.is_available() else 0

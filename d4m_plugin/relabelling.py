@@ -15,6 +15,7 @@ from d4m_plugin.distilled import DistilledDataset, checksums, features_of, shard
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import without_folders
 from d4m_plugin.progress import Progress
+from d4m_plugin.record import read_record
 from d4m_plugin.sources import Digits, Source
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.teachers import Teacher, name_of, tried_teacher
@@ -51,7 +52,7 @@ def relabel(
     if dataset.classes != list(source.classes):
         raise InputError(f"`folder` is {str(folder)!r}, whose classes are not those of {source.name}.")
     make_writable(dataset.folder, "folder")
-    write_card(Path(folder), dataset.folder.name, dataset.metadata)  # now it can still be refused
+    write_card(Path(dataset.root), dataset.folder.name, dataset.metadata)  # now it can still be refused
     loaded, tried = tried_teacher(teacher, source, cache_dir, default_device())
     logits = _logits(loaded, dataset)
 
@@ -64,11 +65,11 @@ def relabel(
         with written_whole(shard) as path:
             pq.write_table(pa.table(columns, schema=schema), path)
         start += len(table)
-    metadata = dataset.metadata | {"labels": {"teacher": without_folders(name_of(teacher)), "tried": tried}}
+    metadata = read_record(dataset.folder) | {"labels": {"teacher": without_folders(name_of(teacher)), "tried": tried}}
     metadata["checksums"] = {name: sum_ for name, sum_ in checksums(dataset.folder).items() if name != "d4m.json"}
     with written_whole(dataset.folder / "d4m.json") as path:
         path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
-    write_card(Path(folder), dataset.folder.name, metadata)
+    write_card(Path(dataset.root), dataset.folder.name, metadata)
     return DistilledDataset(folder, config_name)
 
 

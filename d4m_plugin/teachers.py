@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -155,8 +156,8 @@ def name_of(teacher: str | Path | nn.Module) -> str:
 
 
 def teacher_digest(teacher: str) -> str:
-    """Return what tells a teacher from others: its option, and what a file or folder of that name holds."""
-    return teacher + model_digest(teacher)
+    """Return what tells a teacher from others: what its file or folder holds, else its option."""
+    return model_digest(teacher.removeprefix("transformers:")) or teacher
 
 
 def _open(teacher: str, source: Source, cache_dir: str | Path | None) -> Teacher:
@@ -248,6 +249,7 @@ def _from_timm(name: str) -> Teacher:
 def _from_transformers(name: str) -> Teacher:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+    name = os.path.expanduser(name)
     model = AutoModelForImageClassification.from_pretrained(name)
     processor = AutoImageProcessor.from_pretrained(name)
     size = dict(getattr(processor, "crop_size", None) or processor.size)

@@ -32,6 +32,7 @@ from d4m_plugin.evaluation.runs import Protocol, Trainings, trained
 from d4m_plugin.evaluation.sets import open_set, ours
 from d4m_plugin.evaluation.sweep import _draw, setting_row, sweep
 from d4m_plugin.evaluation.verdict import dd_ranking, interval, sentences, table_of
+from d4m_plugin.relabelling import relabel
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources.images import to_pixels
 from d4m_plugin.subsets import random_subset
@@ -525,21 +526,34 @@ def test_a_set_that_cannot_be_written_is_judged_all_the_same(arms, squares, tmp_
     assert rows["report"].is_file()
 
 
-def test_results_leave_what_was_recorded_since_the_set_was_read(arms, squares, tmp_path, monkeypatch):
-    monkeypatch.setattr("d4m_plugin.teachers.SMALL_SOURCE", 0)
+def test_a_record_keeps_what_was_added_since_the_set_was_read(arms, squares, tmp_path, monkeypatch):
     file = tmp_path / "set" / "ipc-4" / "d4m.json"
-    labels = {"teacher": "torchvision:resnet18", "tried": "names all rightly"}
 
-    def relabelled(*args):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"labels": labels}))
+    def add(**parts):
+        file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+
+    def reported(*args):
+        add(meanwhile="labelled")
         write_report(*args)
 
-    monkeypatch.setattr("d4m_plugin.evaluation.evaluate.write_report", relabelled)
+    monkeypatch.setattr("d4m_plugin.teachers.SMALL_SOURCE", 0)
+    monkeypatch.setattr("d4m_plugin.evaluation.evaluate.write_report", reported)
     options = {"output": tmp_path / "report", "seeds": 2, "budget": 2, "arms": (), "labels": ("hard",)}
     evaluate(str(tmp_path / "set"), squares, **options)
     record = json.loads(file.read_text())
-    assert record["labels"] == labels
+    assert record["meanwhile"] == "labelled"
     assert record["results"]["protocol"]["steps"] == 2
+
+    def labelled(*_):
+        add(meanwhile="judged")
+        return torch.zeros(12, 3, dtype=torch.float16)
+
+    monkeypatch.setattr("d4m_plugin.relabelling.tried_teacher", lambda *_: (None, "names most rightly"))
+    monkeypatch.setattr("d4m_plugin.relabelling._logits", labelled)
+    relabel(tmp_path / "set", squares)
+    record = json.loads(file.read_text())
+    assert record["meanwhile"] == "judged"
+    assert record["labels"]["tried"] == "names most rightly"
 
 
 @pytest.mark.parametrize("damage", ["none", "missing", "cut off", "huge", "no picture"])

@@ -135,24 +135,21 @@ def test_another_number_of_processes_than_was_started_is_refused(monkeypatch):
 
 
 def test_what_another_process_warns_of_is_told_once(monkeypatch, capfd):
-    code = "import sys; print('warning: the class of cats is small', 'warning: so it is', sep='\\n', file=sys.stderr)"
     start = subprocess.Popen
 
     def another(command, **options):
-        return start([sys.executable, "-c", code], **options)
+        return start(["sh", "-c", "printf 'warning: the class of cats is small\\nwarning: so it is\\n' >&2"], **options)
 
     def command():
         with on_all_devices(2):
             warnings.warn(InputWarning("so it is"), stacklevel=1)
-            time.sleep(1)
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(subprocess, "Popen", another)
-    threads = torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda *told: print(warnings.formatwarning(*told[:4]), end="", file=sys.stderr)
         to_the_user(command)
-    torch.set_num_threads(threads)
     assert capfd.readouterr().err == "warning: so it is\nwarning: the class of cats is small\n"

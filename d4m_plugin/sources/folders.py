@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from d4m_plugin.cache import make_writable
-from d4m_plugin.checking import check_least
+from d4m_plugin.checking import check_least, content_of
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.sources.base import IndexedSource
 from d4m_plugin.sources.images import natural_size, picture_formats, read_image, size_of
@@ -50,7 +50,8 @@ class ImageFolder(IndexedSource):
         InputWarning: where files or folders are left out, or a class has no test images.
 
     Raises:
-        InputError: where a folder is not there or cannot be listed, or a class folder has no images.
+        InputError: where a folder is not there or cannot be listed, a class folder has no images, or the test folder is
+            that of the training split.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class TinyImageNet(ImageFolder):
         synonyms: of the names, the `first` or `all`.
 
     Raises:
-        InputError: where it is not there, or its files are not as they are distributed.
+        InputError: where it is not there, or its files are in neither way.
     """
 
     license = "other"
@@ -143,19 +144,21 @@ class TinyImageNet(ImageFolder):
         _check_ids(folder, ids, sorted((folder / "wnids.txt").read_text().split()), "Tiny-ImageNet")
         self.classes = [readable(each, synonyms) for each in ids]
         self._train = index(folder / "train", [f"{each}/images" for each in ids])
-        told = folder / "val" / "val_annotations.txt"
-        self._test = _annotated(told, ids) if told.is_file() else _index_test(folder / "val", folder / "train", ids)
+        val = folder / "val"
+        rearranged = not {*_folders_in(val)}.isdisjoint(ids)  # the list may lie there still
+        self._test = _index_test(val, folder / "train", ids) if rearranged else _annotated(val, ids)
 
 
-def _annotated(file: Path, ids: Sequence[str]) -> "_Files":
-    """Return the test images of Tiny-ImageNet that a file names, each in a row with its WordNet id."""
-    rows = [line.split("\t")[:2] for line in file.read_text().splitlines() if line.strip()]
+def _annotated(val: Path, ids: Sequence[str]) -> "_Files":
+    """Return the test images of Tiny-ImageNet, each named in a row of a list with its WordNet id."""
+    file = val / "val_annotations.txt"
+    rows = [line.split("\t")[:2] for line in content_of(file).decode().splitlines() if line.strip()]
     label_of = {each: label for label, each in enumerate(ids)}
     for row in rows:
         if len(row) < 2 or row[1] not in label_of:
             raise InputError(f"{str(file)!r} has the row {row}, which names no image and WordNet id of a class.")
     labels = np.array([label_of[each] for _, each in rows])
-    return _Files(file.parent / "images", pa.array([name.encode() for name, _ in rows]), labels)
+    return _Files(val / "images", pa.array([name.encode() for name, _ in rows]), labels)
 
 
 def _download_tiny_imagenet(base: Path) -> None:
@@ -225,7 +228,7 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
         if others := sorted({*there} - {*splits, *tests}):
             sentence = f"{str(root)!r} has the training split {train_folder!r}, so other folders in it are left out"
             warnings.warn(f"{sentence}: {', '.join(others)}.", InputWarning, stacklevel=2)
-    if train_folder is not None and train_folder == test_folder:
+    if train_folder and test_folder and (root / train_folder).samefile(root / test_folder):
         raise InputError(f"`test_folder` is {test_folder!r}, the training split: its images would be both.")
     if train_folder is not None:
         return root / train_folder, class_folders(root / train_folder), root / tests[0] if tests else None
