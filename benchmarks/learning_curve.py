@@ -1,11 +1,11 @@
 """Does a diffusion model get better while it is trained on? What it draws from noise alone, by a teacher's eye.
 
     d4m pretrain --source HuggingFace --source.path cifar10 --start_from cifar10 --output longer --unet_steps 6000 &
-    cp longer.partial/*/unet.ckpt 500.ckpt  # and so on, every 500 steps
-    python benchmarks/learning_curve.py --source HuggingFace --source.path cifar10 --model cifar10 --teacher cifar10 \
-        --checkpoints '[500.ckpt]'
+    cp longer.partial/*/unet.ckpt 2000.ckpt  # and so on, every 500 steps
+    python benchmarks/learning_curve.py --source HuggingFace --source.path cifar10 --teacher cifar10 \
+        --points '{0: cifar10, 2000: 2000.ckpt, 6000: longer}'
 
-A row for each checkpoint and guidance scale: the share of the images that the teacher names as their prompt says, and
+A row for each point and guidance scale: the share of the images that the teacher names as their prompt says, and
 FID and KID by its features beside real training images. Noises are the same in all rows.
 """
 
@@ -46,21 +46,20 @@ def drawn(model: LatentDiffusion, recipe: ResolvedRecipe, source: Source) -> tup
 
 
 def main(
-    checkpoints: tuple[Path, ...],
+    points: dict[int, str],
     source: Source | None = None,
-    model: str | None = None,
     teacher: str = "auto",
     guidance_scale: tuple[float, ...] = (1.0, 2.0, 8.0),
     images: int = 50,
     steps: int = 20,
     output: Path = Path("learning_curve.jsonl"),
 ) -> None:
-    """Judge the model that a training started from, and what it was at each checkpoint; print rows, draw the curve.
+    """Judge a model at some points of its training; print rows, draw the curve.
 
     Args:
-        checkpoints: of `d4m pretrain --start_from`, in which the weights are averages.
+        points: the model after so many steps of the U-Net: a pipeline, or a checkpoint (.ckpt) of `d4m pretrain` whose
+            training started from the first pipeline; of it, the averaged weights.
         source: the real images; scikit-learn's digits by default.
-        model: what the training started from; by default the source's own.
         teacher: as TeacherMatching takes it.
         guidance_scale: of each, a row.
         images: of each class.
@@ -72,27 +71,28 @@ def main(
     real = at_most(source.train(), REAL // len(source.classes), seed=0)
     real_pixels, real_labels = squares_of(real, source.image_size), torch.as_tensor(real.targets)
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
-    for checkpoint in (None, *checkpoints):
-        kept: dict[str, Any] = torch.load(checkpoint, "cpu", weights_only=True, mmap=True) if checkpoint else {}
+    first = next(name for name in points.values() if not name.endswith(".ckpt"))
+    for step, name in points.items():
         for scale in guidance_scale:
-            decides = {"model": model, "teacher": teacher, "step": kept.get("global_step", 0), "guidance_scale": scale}
+            decides: dict[str, Any] = {"model": first, "teacher": teacher, "step": step, "guidance_scale": scale}
             decides |= {"images": images, "denoising_steps": steps}
             if any(decides.items() <= row.items() for row in rows):
                 continue
             recipe = Recipe(
                 ipc=images,
                 prototypes=1,
-                diffusion=model,
+                diffusion=first if name.endswith(".ckpt") else name,
                 strength=1.0,
                 guidance_scale=scale,
                 num_inference_steps=steps,
                 scheduler="DPMSolverMultistepScheduler",
             ).resolved(source)
             trained = open_model(recipe)
-            for name in ("unet", "text_encoder") if kept else ():
-                weights = {key: value for key, value in kept["state_dict"].items() if key.startswith(f"{name}.")}
-                part = getattr(trained.pipeline, name)
-                part.load_state_dict({key.removeprefix(f"{name}."): value for key, value in weights.items()})
+            if name.endswith(".ckpt"):
+                weights = torch.load(name, "cpu", weights_only=True, mmap=True)["state_dict"]
+                for part in ("unet", "text_encoder"):
+                    own = {key.removeprefix(f"{part}."): weights[key] for key in weights if key.startswith(f"{part}.")}
+                    getattr(trained.pipeline, part).load_state_dict(own)
             pixels, labels = drawn(trained, recipe, source)
             figures = judge(judging, teacher, pixels, labels, real_pixels, real_labels)
             row = decides | {"agreement": figures.agreement, "fid": figures.frechet_distance}
