@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes an embedded pipeline and teacher anew: d4m_plugin/assets/NAME.
 #     scripts/make_assets.sh digits           half an hour on two cores with bfloat16
-#     scripts/make_assets.sh cifar10 FOLDER   two hours; FOLDER is what HuggingFace opens as CIFAR-10
+#     scripts/make_assets.sh cifar10 FOLDER   three hours; FOLDER is what HuggingFace opens as CIFAR-10
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1 assets=d4m_plugin/assets work=$(mktemp -d)
@@ -13,9 +13,11 @@ case $name in
         source=()
         ;;
     cifar10)
-        d4m pretrain --source HuggingFace --source.path "$2" --output "$work/$name" \
+        d4m pretrain --source HuggingFace --source.path "$2" --output "$work/first" \
             --vae_channels '[32,64]' --unet_channels '[64,128,256]' --vae_steps 2500 --unet_steps 9000 --unet_lr 5e-4 \
             --compile true
+        d4m pretrain --source HuggingFace --source.path "$2" --output "$work/$name" --start_from "$work/first" \
+            --unet_steps 6000 --unet_lr 4e-4 --compile true --seed 1
         source=(--data.source HuggingFace --data.source.path "$2")
         ;;
 esac

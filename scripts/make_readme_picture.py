@@ -26,7 +26,7 @@ COLUMNS, TITLE, BARS = 4, 28, 380
 
 
 def accuracies(rows: Path, height: int) -> Image.Image:
-    """Return a chart of the accuracies of `benchmarks/accuracy.py`, of the paper's training and its default teacher.
+    """Return a chart of the accuracies of `benchmarks/accuracy.py`, by the embedded models and the paper's training.
 
     Args:
         rows: its file.
@@ -34,6 +34,7 @@ def accuracies(rows: Path, height: int) -> Image.Image:
     """
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     found = [row for row in found if row["teacher"] in ("auto", "cifar10") and not row["changes"]]
+    found = [row for row in found if row["recipe"] in ({}, {"diffusion": "cifar10"})]
     sizes = sorted({row["ipc"] for row in found if row["arm"] == "distilled"})
     figure = new_figure(BARS / 100, height / 100)
     axis = figure.subplots()
