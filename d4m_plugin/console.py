@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from d4m_plugin.cache import refusal_of
-from d4m_plugin.errors import InputError, InputWarning
+from d4m_plugin.errors import WARNING, InputError, InputWarning
 
 LOG = logging.getLogger("d4m_plugin")
 LOG.addHandler(logging.NullHandler())  # else Python says its warnings a second time
-WARNING = "warning: "  # before a warning about the user's data
 
 
 def log_to(file: Path) -> None:
@@ -164,7 +163,7 @@ def one_sentence(message: str) -> str:
     kinds, *values = re.split(r"(?:Got|Given) value: (.*)", message.rpartition("Parser key")[2])
     if values and _EXPECTED.match(facts[-1]):
         right = [
-            f"a list of {count}" if count else _KINDS.get(kind, kind) or words.replace(", ", " or ")
+            f"a list of {count}" if count else _KINDS.get(kind, kind) or f"{'one of ' * (', ' in words)}{words}"
             for kind, words, count in _EXPECTED.findall(kinds)
         ]
         return f"`{option}` is {values[0]}; it must be {' or '.join(right)}."

@@ -1,5 +1,7 @@
 """The errors a user can cause and mend, and what a user should know of."""
 
+WARNING = "warning: "  # how the command line begins an InputWarning
+
 
 class InputError(ValueError):
     """A value of the user's cannot work; the message names the option, the value and what would be right.

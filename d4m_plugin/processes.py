@@ -18,8 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import torch
 
 from d4m_plugin.checking import check_least
-from d4m_plugin.console import WARNING
-from d4m_plugin.errors import InputError, InputWarning
+from d4m_plugin.errors import WARNING, InputError, InputWarning
 from d4m_plugin.progress import is_first
 
 if TYPE_CHECKING:

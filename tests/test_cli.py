@@ -122,7 +122,7 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
         (["--trainer.max_stepts", "1"], "(is trainer.max_steps meant?)\n"),
         (
             ["--data.train_on", "distiled"],
-            "`data.train_on` is distiled; it must be 'distilled' or 'real' or 'random'.\n",
+            "`data.train_on` is distiled; it must be one of 'distilled', 'real', 'random'.\n",
         ),
         (["--data.prototypes", "x"], "`data.prototypes` is x; it must be a whole number or null.\n"),
         (["--data.crop_scale", "[1]"], "`data.crop_scale` is [1]; it must be a list of 2.\n"),
@@ -417,7 +417,7 @@ def test_a_preview_that_cannot_be_drawn_is_told(run, words, says):
     [
         (["compare", "one", "--seeds", "2"], "`distilled_sets` has 1; name at least two"),
         (["compare", "one", "two"], "`distilled_set` is 'one': no folder or file here"),
-        (["evaluate", "one", "--arms", "[medoids]"], "`arms`: "),
+        (["evaluate", "one", "--arms", "[medoids]"], "`arms` is medoids; it must be one of 'distilled', 'random', "),
         (["sweep", "--ipc", "1"], "nothing is varied; give values of `strength`"),
     ],
 )
