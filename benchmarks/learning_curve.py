@@ -94,10 +94,10 @@ def main(
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     decides: dict[str, Any] = {"model": first, "teacher": teacher, "images": images, "denoising_steps": steps}
 
-    def add(told: dict[str, Any], draw: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    def add(told: dict[str, Any], make: Callable[[], tuple[Tensor, Tensor]]) -> None:
         if any((decides | told).items() <= row.items() for row in rows):
             return
-        figures = judge(judging, teacher, *draw(), *beside)
+        figures = judge(judging, teacher, *make(), *beside)
         row = decides | told | {"agreement": figures.agreement, "fid": figures.frechet_distance}
         rows.append(row | {"kid": figures.kernel_distance, "coverage": figures.coverage})
         with output.open("a") as file:

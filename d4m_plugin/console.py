@@ -105,7 +105,7 @@ class OneSentenceErrors:
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse a file of options that is no text, such as a checkpoint."""
         try:
-            return super().parse_args(*args, **kwargs)  # type: ignore[misc]  # jsonargparse's parser, as below
+            return super().parse_args(*args, **kwargs)  # type: ignore[misc]  # mypy sees no mixin's base
         except UnicodeDecodeError:
             fail("`config` names a file that is no text; name a YAML file of options (a checkpoint is `ckpt_path`).")
 

@@ -145,7 +145,7 @@ class WithoutBadImages(Source):
         return self.source.name
 
     @property
-    def license(self) -> str:  # type: ignore[override]  # which a source may have to ask the Hub for
+    def license(self) -> str:  # type: ignore[override]  # a property over an attribute: read when asked for
         """The source's."""
         return self.source.license
 
