@@ -163,7 +163,7 @@ def one_sentence(message: str) -> str:
     kinds, *values = re.split(r"(?:Got|Given) value: (.*)", message.rpartition("Parser key")[2])
     if values and _EXPECTED.match(facts[-1]):
         right = [
-            f"a list of {count}" if count else _KINDS.get(kind, kind) or f"{'one of ' * (', ' in words)}{words}"
+            f"a list of {count}" if count else _KINDS.get(kind, kind) or (f"one of {words}" if ", " in words else words)
             for kind, words, count in _EXPECTED.findall(kinds)
         ]
         return f"`{option}` is {values[0]}; it must be {' or '.join(right)}."
