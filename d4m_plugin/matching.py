@@ -51,17 +51,16 @@ def unmixed(images: Tensor) -> Mixed:
     return Mixed(images, torch.arange(len(images), device=images.device), 1.0)
 
 
-def cutmix(images: Tensor, alpha: float = 1.0) -> Mixed:
+def cutmix(images: Tensor) -> Mixed:
     """Return images of which a box, the same for all, comes from another image of the batch.
 
     Yun et al., arXiv:1905.04899, Algorithm A1; the box is cut off at the border, so the share is counted again.
 
     Args:
         images: shape (B, C, H, W).
-        alpha: of the Beta distribution that the share of the original is drawn from.
     """
     height, width = images.shape[-2:]
-    share = _share(alpha)
+    share = _share()
     edge = (1 - share) ** 0.5
     top, bottom = _box(height, edge)
     left, right = _box(width, edge)
@@ -71,14 +70,13 @@ def cutmix(images: Tensor, alpha: float = 1.0) -> Mixed:
     return Mixed(mixed, permutation, 1 - (bottom - top) * (right - left) / (height * width))
 
 
-def mixup(images: Tensor, alpha: float = 1.0) -> Mixed:
+def mixup(images: Tensor) -> Mixed:
     """Return images each averaged with another of the batch, all by the same share (Zhang et al., arXiv:1710.09412).
 
     Args:
         images: float, shape (B, C, H, W).
-        alpha: of the Beta distribution that the share of the original is drawn from.
     """
-    share = _share(alpha)
+    share = _share()
     permutation = torch.randperm(len(images), device=images.device)
     return Mixed(share * images + (1 - share) * images[permutation], permutation, share)
 
@@ -86,9 +84,9 @@ def mixup(images: Tensor, alpha: float = 1.0) -> Mixed:
 MIXINGS = {"cutmix": cutmix, "mixup": mixup, "none": unmixed}
 
 
-def _share(alpha: float) -> float:
-    both = torch.tensor(alpha, dtype=torch.float32)  # whatever dtype the trainer makes the default
-    return torch.distributions.Beta(both, both).sample().item()
+def _share() -> float:
+    """Draw the share of the original from Beta(1, 1), which is uniform."""
+    return torch.rand((), dtype=torch.float32).item()  # whatever dtype the trainer makes the default
 
 
 def _box(length: int, edge: float) -> tuple[int, int]:

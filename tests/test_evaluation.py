@@ -325,6 +325,7 @@ def test_a_set_of_other_classes_is_refused(arms):
         ({"students": ()}, "`students` is empty"),
         ({"seeds": 0}, "`seeds` is 0"),
         ({"learning_rates": (0.1, -1.0)}, "`learning_rates` has -1.0"),
+        ({"lr_smoothing": 0.5}, "`lr_smoothing` is 0.5"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said(changes, says):
@@ -446,6 +447,21 @@ def test_all_arms_of_a_seed_start_from_the_same_weights_and_randomness(arms, tmp
     all_arms = ("herding", "confident", "nearest", "decoded", "generated", "reconstructed", "real")
     results(arms, protocol(arms=all_arms), tmp_path / "runs")
     assert [len(states) for states in starts.values()] == [1, 1]  # one for each of two seeds
+
+
+def test_the_schedule_is_smoothed_for_every_arm_and_is_a_training_of_its_own(arms, tmp_path, monkeypatch):
+    ends = []
+    fit = L.Trainer.fit
+
+    def spy(trainer, student, datamodule):
+        fit(trainer, student, datamodule=datamodule)
+        ends.append(student.lr_schedulers().get_last_lr()[0])
+
+    monkeypatch.setattr(L.Trainer, "fit", spy)
+    for smoothing, end in ((1.0, 0.0), (2.0, 5e-4)):
+        results(arms, protocol(lr_smoothing=smoothing), tmp_path / "runs")
+        assert ends == pytest.approx([end] * 4)  # two arms, two seeds
+        ends.clear()
 
 
 def test_one_of_several_sets_is_named_by_its_folder(squares, tmp_path):

@@ -73,6 +73,7 @@ def results_of(classes, seeds=2, students=("convnet",)):
             "steps": 2,
             "batch_size": 4,
             "learning_rates": [1e-3],
+            "lr_smoothing": 2.0,
             "teacher": "toys",
             "features": "teacher",
         },
@@ -355,3 +356,5 @@ def test_the_command_to_run_it_again_has_the_options_of_evaluate(tmp_path):
     assert {name.removeprefix("--") for name in options} <= set(inspect.signature(evaluate).parameters)
     assert json.loads(options["--arms"]) == ["distilled", "random", "real"]
     assert (options["--teacher"], options["--budget"]) == ("<my> last.ckpt", "2")
+    assert float(options["--lr_smoothing"]) == 2
+    assert "stretched 2 times" in text

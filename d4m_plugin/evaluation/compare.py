@@ -30,6 +30,7 @@ def compare(
     budget: str | int = "quick",
     batch_size: int = 100,
     learning_rates: tuple[float, ...] = (1e-3,),
+    lr_smoothing: float = 1.0,
     teacher: str = "auto",
     features: str = "teacher",
     compile: bool = False,
@@ -51,6 +52,7 @@ def compare(
         budget: steps of each training, as for `d4m evaluate`, the same for all: with `paper`, of the largest set.
         batch_size: images a batch.
         learning_rates: of several, each arm gets the one that is best on a slice of real training images.
+        lr_smoothing: as ImageClassifier takes it: of 1, the paper's, the schedule ends at zero; of 2, at half the rate.
         teacher: as TeacherMatching takes it, but one.
         features: the network by whose features the pictures are judged, as for `d4m evaluate`.
         compile: compile students and teacher.
@@ -81,6 +83,7 @@ def compare(
         steps=steps_of(budget, max(len(each.squares) for each in sets), batch_size),
         batch_size=batch_size,
         learning_rates=learning_rates,
+        lr_smoothing=lr_smoothing,
         teacher=teacher,
     )
     make_writable(output.resolve(), "output")

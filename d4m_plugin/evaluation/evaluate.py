@@ -53,6 +53,7 @@ def evaluate(
     budget: str | int = "quick",
     batch_size: int = 100,
     learning_rates: tuple[float, ...] = (1e-3,),
+    lr_smoothing: float = 1.0,
     teacher: str = "auto",
     features: str = "teacher",
     diffusion: str | None = None,
@@ -83,6 +84,7 @@ def evaluate(
         budget: steps of each training: `quick` (500), `paper` (500 passes over the distilled set), or their number.
         batch_size: images a batch.
         learning_rates: of several, each arm gets the one that is best on a slice of real training images.
+        lr_smoothing: as ImageClassifier takes it: of 1, the paper's, the schedule ends at zero; of 2, at half the rate.
         teacher: as TeacherMatching takes it, but one.
         features: the network by whose features the pictures are judged: `teacher`; `inception`, by which FID is
             published (needs torch-fidelity); or torchvision:NAME, timm:NAME or transformers:ID.
@@ -110,6 +112,7 @@ def evaluate(
         steps=steps_of(budget, len(judged.squares), batch_size),
         batch_size=batch_size,
         learning_rates=learning_rates,
+        lr_smoothing=lr_smoothing,
         teacher=teacher,
     )
     make_writable(folder, "output")

@@ -235,6 +235,8 @@ def _alike(judged: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
     rates = ", ".join(f"{rate:g}" for rate in protocol["learning_rates"])
     if len(protocol["learning_rates"]) > 1:
         rates += ": each arm has the best on a slice of real training images, by the first seed"
+    if protocol["lr_smoothing"] != 1:
+        rates += f"; the cosine schedule is stretched {protocol['lr_smoothing']:g} times"
     return {
         "images": f"{judged['ipc']} a class{others}, {edge} by {edge} pixels",
         "students": ", ".join(protocol["students"]),
@@ -249,7 +251,7 @@ def _alike(judged: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
 def _command(protocol: dict[str, Any]) -> str:
     """Return the command of an evaluation; where the set and the real images lie is not recorded."""
     options = {name: json.dumps(list(protocol[name])) for name in ("arms", "labels", "students", "learning_rates")}
-    options |= {name: str(protocol[name]) for name in ("seeds", "batch_size", "teacher", "features")}
+    options |= {name: str(protocol[name]) for name in ("seeds", "batch_size", "lr_smoothing", "teacher", "features")}
     options["budget"] = str(protocol["steps"])
     told = [f"--{name} {shlex.quote(value)}" for name, value in options.items()]
     return " \\\n    ".join(["d4m evaluate SET --source SOURCE", *told])

@@ -54,6 +54,7 @@ class Protocol:
         batch_size: images a batch.
         learning_rates: of several, each arm gets the one that does best, at the first seed, on a slice of real training
             images that no arm trains on meanwhile; never on the test images.
+        lr_smoothing: as ImageClassifier takes it.
         teacher: as TeacherMatching takes it.
 
     Raises:
@@ -67,6 +68,7 @@ class Protocol:
     steps: int
     batch_size: int
     learning_rates: tuple[float, ...]
+    lr_smoothing: float = 1.0
     teacher: str
 
     def __post_init__(self) -> None:
@@ -77,7 +79,7 @@ class Protocol:
         for name in ("labels", "students", "learning_rates"):
             if not getattr(self, name):
                 raise InputError(f"`{name}` is empty; name at least one.")
-        check_least(1, seeds=self.seeds, steps=self.steps, batch_size=self.batch_size)
+        check_least(1, seeds=self.seeds, steps=self.steps, batch_size=self.batch_size, lr_smoothing=self.lr_smoothing)
         if wrong := [rate for rate in self.learning_rates if not rate > 0]:
             raise InputError(f"`learning_rates` has {wrong[0]}; they must be above 0.")
         always: tuple[Arm, ...] = ("distilled", "random")
@@ -159,6 +161,7 @@ class Trainings:
             "seen": [source.mean, source.std, source.flip, judged.image_size, judged.resize],
             "steps": protocol.steps,
             "batch_size": protocol.batch_size,
+            "lr_smoothing": protocol.lr_smoothing,
         }
 
     def of_seeds(self, seeds: Sequence[int] | None = None) -> "list[Training]":
@@ -213,7 +216,9 @@ class Trainings:
             cache_dir=self.arms.cache_dir,
         )
         data.training_set = images
-        student = ImageClassifier(data.num_classes, data.image_size, run.student, run.lr, compile=self.compile)
+        student = ImageClassifier(
+            data.num_classes, data.image_size, run.student, run.lr, protocol.lr_smoothing, compile=self.compile
+        )
         curve = _Curve(protocol.steps, bar)
         teacher = protocol.teacher if run.labels == "teacher" else None
         callbacks = [TeacherMatching(teacher, compile_teacher=self.compile), curve]
