@@ -104,7 +104,7 @@ class Setting:
         """Run the passes that a set needs."""
         for start in range(0, len(self.wanted), self.best_batch):
             size = min(self.best_batch, len(self.wanted) - start)
-            self.denoise_bare(size, self.recipe.steps)
+            self.denoise_bare(size, self.model.steps_of(self.recipe.num_inference_steps, self.recipe.strength))
             self.decode_bare(self.latents[:size])
 
     @torch.inference_mode()

@@ -47,7 +47,7 @@ lightning fit --data D4MDataModule {options}
 ```python
 from d4m_plugin import DistilledDataset
 
-DistilledDataset("{where}", config="{config}", transform=transform)  # for plain PyTorch
+DistilledDataset("{where}", config_name="{config}", transform=transform)  # for plain PyTorch
 ```
 
 Columns: `image`; `label`; the `prototype` (cluster) that an image was made from; its `weight`, the share of the class's

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,10 @@ def _call(command: str, args: list[str]) -> None:
     from d4m_plugin.processes import on_all_devices
     from d4m_plugin.progress import is_first
 
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), args))
-    if words and command in MANY:
-        args = [*words[: MANY[command]], json.dumps(words[MANY[command] :]), *args[len(words) :]]
+    if command in MANY:
+        words, others = _apart(args)
+        if words:
+            args = [*words[: MANY[command]], json.dumps(words[MANY[command] :]), *others]
 
     class Parser(OneSentenceErrors, ArgumentParser):
         """jsonargparse's, with our errors."""
@@ -115,6 +117,21 @@ def _call(command: str, args: list[str]) -> None:
         told = rows_of(function(**options)) if first or not alone else {}
     if first:
         print(table(told))
+
+
+def _apart(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words that stand alone, and the options, each with its value."""
+    words: list[str] = []
+    options: list[str] = []
+    given = iter(args)
+    for each in given:
+        if not each.startswith("-"):
+            words.append(each)
+        elif "=" in each:
+            options.append(each)
+        else:
+            options += [each, *itertools.islice(given, 1)]
+    return words, options
 
 
 def _lightning_cli() -> None:

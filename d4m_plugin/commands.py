@@ -33,7 +33,7 @@ def distill_command(
         batch_size: images that the model takes at once; memory and speed depend on it, the set but by rounding. Halved
             where memory runs out.
         num_workers: processes that read real images.
-        cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
+        cache_dir: the cache; by default $D4M_CACHE, else d4m in $XDG_CACHE_HOME or ~/.cache.
         skip_bad_images: leave out images that cannot be read, and record which; by default they stop the work.
         keep_latents: keep what the VAE made of the real images in the cache, for other sets of the same source.
         compile: compile the model's denoiser with `torch.compile`: a minute or more first, less time for each image.

@@ -115,6 +115,19 @@ class LatentDiffusion:
         knows_it = self._is_flux or (unet and unet.config.time_cond_proj_dim)
         return "negative_prompt_embeds" in self._takes and not knows_it
 
+    def steps_of(self, num_inference_steps: int, strength: float) -> int:
+        """Return the steps that are made of each image's schedule, which pipelines round each in their own way.
+
+        Args:
+            num_inference_steps: of the whole schedule.
+            strength: share of it to go through; an LCM's makes all its steps, closer together.
+        """
+        if "original_inference_steps" in self._takes:
+            return num_inference_steps
+        share = min(num_inference_steps * strength, num_inference_steps)
+        rounds_up = "height" in self._takes  # SD3 and FLUX
+        return num_inference_steps - int(num_inference_steps - share) if rounds_up else int(share)
+
     def check_steps(self, num_inference_steps: int, strength: float) -> None:
         """Refuse steps that the schedule has not.
 
@@ -240,7 +253,7 @@ class LatentDiffusion:
             negative_prompt: what guidance leads away from.
             strength: share of the schedule to go through, in (0, 1]; 1 forgets the start.
             guidance_scale: how far to follow the prompt; 1 or less leaves the unconditional pass out.
-            num_inference_steps: steps of the whole schedule, of which int(steps · strength) are made.
+            num_inference_steps: steps of the whole schedule, of which `steps_of` are made.
             mode_guidance_scale: how far each step is pulled back to the start; 0 leaves it alone.
             mode_guidance_stop: share of the schedule after which it is left alone.
         """
@@ -325,6 +338,10 @@ def _told_already() -> Iterator[None]:
 
 def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Any:
     path = find_model(model)
+    if revision is not None and Path(path).exists():
+        raise InputError(
+            f"`diffusion_revision` is {revision!r}, but `diffusion` is {model!r}, not of the Hub; leave it out."
+        )
     import diffusers
     import transformers
 

@@ -66,7 +66,7 @@ def distill(
         source: the real images.
         recipe: what to make; the paper's settings by default.
         output: the folder to make; by default one in the cache, named after source and recipe.
-        cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
+        cache_dir: the cache; by default $D4M_CACHE, else d4m in $XDG_CACHE_HOME or ~/.cache.
         batch_size: images that the model takes at once; memory and speed depend on it, the set but by rounding.
         num_workers: processes that read real images.
         skip_bad_images: leave out images that cannot be read, and record which; by default they stop the work.
@@ -195,7 +195,8 @@ def _distil_into(
 
     counts = {label: len(members) for label, members in members_by_label(images.targets).items()}
     tries = f"{recipe.oversample} tries and " if teacher else ""
-    say(f"{len(prompts) * recipe.ipc:,} images to make from {len(images):,}, in {tries}{recipe.steps} steps each.")
+    steps = model.steps_of(recipe.num_inference_steps, recipe.strength)
+    say(f"{len(prompts) * recipe.ipc:,} images to make from {len(images):,}, in {tries}{steps} steps each.")
     make_prototypes(work, counts, encoded, recipe, kept, keep_latents)
     make_images(work, prompts, recipe, model, teacher, batch_size)
     classes = [class_file(work, label) for label in range(len(prompts))]

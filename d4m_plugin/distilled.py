@@ -55,7 +55,7 @@ class DistilledDataset(VisionDataset):
 
     Args:
         root: the set's folder, or the Hub's dataset repository, as user/name.
-        config: which of several sets there, such as `ipc-10`; the only one by default.
+        config_name: which of several sets there, such as `ipc-10`; the only one by default.
         revision: branch, tag or commit of a repository.
         transform: of the image.
         target_transform: of the label.
@@ -67,7 +67,7 @@ class DistilledDataset(VisionDataset):
     def __init__(
         self,
         root: str | Path,
-        config: str | None = None,
+        config_name: str | None = None,
         revision: str | None = None,
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
@@ -80,12 +80,12 @@ class DistilledDataset(VisionDataset):
                 repository = find_repository(str(root), revision)
             except InputError as error:
                 raise type(error)(f"{root!r} is no folder here; {error}") from error
-            config = _choose(repository.configs, config, str(root))
-            self.folder, self.revision = repository.fetch(config), repository.revision
+            chosen = _choose(repository.configs, config_name, str(root))
+            self.folder, self.revision = repository.fetch(chosen), repository.revision
         else:
             folders = Path(root).glob("*/d4m.json") if Path(root).is_dir() else ()
             found = sorted(path.parent.name for path in folders)
-            self.folder = Path(root) / _choose(found, config, str(root))
+            self.folder = Path(root) / _choose(found, config_name, str(root))
         self.metadata = read_record(self.folder)
         self.recipe: dict[str, Any] = self.metadata["recipe"]
         self.classes: list[str] = self.metadata["source"]["classes"]
@@ -162,7 +162,9 @@ def _choose(found: Sequence[str], config: str | None, root: str) -> str:
     if not found:
         raise InputError(f"{root!r} is not a distilled set: no d4m.json lies in a folder of it.")
     if config is None and len(found) > 1:
-        raise InputError(f"{root!r} holds several sets; name one as `config_name`: {', '.join(found)}.")
+        raise InputError(
+            f"{root!r} holds several sets; name one as `config_name`, or its own folder: {', '.join(found)}."
+        )
     config = config or found[0]
     if config not in found:
         raise InputError(f"`config_name` is {config!r}, but {root!r} holds {', '.join(found)}.")

@@ -31,7 +31,7 @@ def cache(
             nobody has touched for a time.
         names: as `list` tells them; of `verify`, all by default.
         older_than: days, of `prune`.
-        cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
+        cache_dir: the cache; by default $D4M_CACHE, else d4m in $XDG_CACHE_HOME or ~/.cache.
 
     Returns:
         What to tell the user: each name, and what it is or what was done.

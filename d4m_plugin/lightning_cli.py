@@ -2,7 +2,9 @@
 
 import csv
 import inspect
+import itertools
 import math
+import os
 import re
 import shlex
 import warnings
@@ -130,11 +132,23 @@ class D4MCLI(LightningCLI):
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath:
             # Lightning's own are of the last validation; what is measured here is of the last step.
-            rows["checkpoint"] = Path(checkpoint.dirpath) / "last.ckpt"
+            rows["checkpoint"] = self._unused(checkpoint)
             self.trainer.save_checkpoint(rows["checkpoint"], weights_only=False)
         rows = self._measured() | rows | self._what_next(rows.get("checkpoint"))
         if self.trainer.is_global_zero and rows:
             print(f"\n{table(rows)}")
+
+    def _unused(self, checkpoint: ModelCheckpoint) -> Path:
+        """Return last.ckpt in a callback's folder; last-v1.ckpt and so on, as Lightning, where it is another run's."""
+        own = {checkpoint.last_model_path, str(self._get(self.config_init, "ckpt_path") or "")}
+        own = {os.path.realpath(each) for each in own if each}
+        versions = itertools.chain([""], (f"-v{number}" for number in itertools.count(1)))
+        paths = (Path(str(checkpoint.dirpath)) / f"last{version}.ckpt" for version in versions)
+        return next(
+            path
+            for path in paths
+            if os.path.realpath(path) in own or not checkpoint.file_exists(str(path), self.trainer)
+        )
 
     def _measured(self) -> dict[str, Any]:
         """Return what the module itself logs of the real test images: all sources validate on them too."""
@@ -154,6 +168,8 @@ class D4MCLI(LightningCLI):
         if not isinstance(data, D4MDataModule):
             return {}
         again = f"lightning fit --config {shlex.quote(f'{log_dir}/config.yaml')}"
+        if self._get(self.config_init, "ckpt_path"):
+            again += " --ckpt_path null"  # else it would go on with this student
         if data.train_on == "distilled":
             found = data.training_set
             rows: dict[str, Any] = {"distilled set": data.hub_id}

@@ -31,7 +31,7 @@ class Recipe:
         diffusion_revision: branch, tag or commit of a Hub id.
         strength: share of the noise schedule that a prototype is noised to, in (0, 1].
         guidance_scale: weight of classifier-free guidance, at least 0; 1 or less turns it off.
-        num_inference_steps: steps of the whole schedule, of which int(steps · strength) are made.
+        num_inference_steps: steps of the whole schedule, of which the share `strength` is made; of an LCM, all.
         mode_guidance_scale: how far each step is pulled back to its prototype (MGD3), at least 0; 0, the paper's, is
             off, and 0.1 goes with a `strength` of 1, which all but forgets the prototype.
         mode_guidance_stop: share of the schedule, from the noise on, in which it pulls, in (0, 1].
@@ -153,11 +153,6 @@ class Recipe:
             "image_size": self.image_size or source.image_size,
         }
         return ResolvedRecipe(**vars(self) | defaults)
-
-    @property
-    def steps(self) -> int:
-        """The steps that are made of each image's schedule."""
-        return int(self.num_inference_steps * self.strength)
 
     @property
     def config_name(self) -> str:

@@ -1,6 +1,5 @@
 """Before the long run: what it will take on this machine, and what it will look like."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -57,7 +56,7 @@ def estimate(
     if resolved.max_images_per_class is not None:
         images = at_most(images, resolved.max_images_per_class, resolved.seed)
     to_make = resolved.ipc * len(source.classes)
-    steps, tries = resolved.steps, resolved.oversample
+    steps, tries = model.steps_of(resolved.num_inference_steps, resolved.strength), resolved.oversample
     passes = 2 if resolved.guidance_scale > 1 and model.guides_by_a_second_pass else 1
 
     def read(chosen: Tensor) -> None:
@@ -177,7 +176,7 @@ def preview(
         of_class: real images of a class to cluster, drawn by the seed.
         batch_size: images that the model takes at once.
         num_workers: processes that read real images.
-        cache_dir: the cache; by default $D4M_CACHE, else ~/.cache/d4m.
+        cache_dir: the cache; by default $D4M_CACHE, else d4m in $XDG_CACHE_HOME or ~/.cache.
         skip_bad_images: leave out images that cannot be read; all are read once to find them.
         recipe: options of the Recipe; `ipc` and `prototypes` are those of `images` here.
 
@@ -193,11 +192,11 @@ def preview(
     make_writable(output.resolve().parent, "output")
     source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     check_classes(source)
-    resolved = dataclasses.replace(Recipe(**recipe), ipc=images, prototypes=images).resolved(source)
+    resolved = Recipe(**recipe | {"ipc": images, "prototypes": images}).resolved(source)
     model, teacher = open_model(resolved), open_teacher(resolved, source, cache_dir)
     prompts = resolved.prompts(source.classes)
     warn_of_prompts(prompts, resolved, model)
-    few = at_most(source.train(), of_class, resolved.seed)
+    few = at_most(source.train(), min(of_class, resolved.max_images_per_class or of_class), resolved.seed)
     shown = list(range(min(classes, len(source.classes))))
     resolution = resolved.resolution or model.resolution
     prototypes = {

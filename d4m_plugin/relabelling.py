@@ -16,7 +16,8 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.hub import without_folders
 from d4m_plugin.progress import Progress
 from d4m_plugin.record import read_record
-from d4m_plugin.sources import Digits, Source
+from d4m_plugin.screening import readable_source
+from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.teachers import Teacher, name_of, tried_teacher
 
@@ -28,6 +29,7 @@ def relabel(
     source: Source | None = None,
     teacher: str = "auto",
     config_name: str | None = None,
+    skip_bad_images: bool = False,
     cache_dir: Path | None = None,
 ) -> DistilledDataset:
     """Write a teacher's logits, float16, as the column `logits` of a distilled set, in place of any that are there.
@@ -37,8 +39,9 @@ def relabel(
     Args:
         folder: the set's.
         source: the real images that it was distilled from; scikit-learn's digits by default.
-        teacher: as TeacherMatching takes it, but one.
+        teacher: as TeacherMatching takes it, but one, and not `stored`.
         config_name: which of several sets in the folder.
+        skip_bad_images: leave out real images that cannot be read, of those that a teacher is tried on or learns from.
         cache_dir: as for D4MDataModule.
 
     Returns:
@@ -47,7 +50,7 @@ def relabel(
     Raises:
         InputError: where the folder is no distilled set or one of other classes, or the teacher does not suit it.
     """
-    source = source or Digits()
+    source = readable_source(source, skip_bad_images, cache_dir, num_workers=0)
     dataset = DistilledDataset(folder, config_name)
     if dataset.classes != list(source.classes):
         raise InputError(f"`folder` is {str(folder)!r}, whose classes are not those of {source.name}.")

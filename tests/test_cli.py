@@ -83,6 +83,22 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
         measured = float(re.search(r"_accuracy\W+([0-9.]+)", out)[1])
         assert measured == pytest.approx(accuracy, abs=1e-4)
 
+    status, out, err = run(
+        "fit",
+        "--data.train_on",
+        "real",
+        "--matching.teacher",
+        "null",
+        "--trainer.max_steps",
+        "4",
+        "--data.batch_size",
+        "20",
+        "--ckpt_path",
+        rows["checkpoint"],
+    )  # goes on
+    assert status == 0, err
+    assert "--ckpt_path null" in table_of(out)["as a teacher"]  # a student of its own
+
     status, out, err = run("predict", "--ckpt_path", rows["checkpoint"])
     assert status == 0, err
     on_two = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--ckpt_path", rows["checkpoint"]]
@@ -314,7 +330,7 @@ def test_what_processes_do_not_share_is_done_by_one_whoever_started_them(run, mo
 def test_a_preview_shows_prototypes_and_images_of_a_few_classes(run, tmp_path):
     seen = tmp_path / "pictures" / "seen.png"  # in a folder that is not there yet
     words = ["--output", seen, "--num_inference_steps", "2", "--classes", "2", "--images", "3"]
-    status, _, err = run("preview", *words, "--of_class", "10")
+    status, _, err = run("preview", *words, "--of_class", "10", "--prototypes", "4")  # of a recipe's ten images
     assert status == 0, err
     with Image.open(seen) as picture:
         assert picture.height == 2 * 2 * (64 + 2)
@@ -417,6 +433,7 @@ def test_a_preview_that_cannot_be_drawn_is_told(run, words, says):
     [
         (["compare", "one", "--seeds", "2"], "`distilled_sets` has 1; name at least two"),
         (["compare", "one", "two"], "`distilled_set` is 'one': no folder or file here"),
+        (["compare", "one", "--seeds", "2", "--budget=3", "two"], "`distilled_set` is 'one': no folder or file here"),
         (["evaluate", "one", "--arms", "[medoids]"], "`arms` is medoids; it must be one of 'distilled', 'random', "),
         (["sweep", "--ipc", "1"], "nothing is varied; give values of `strength`"),
     ],

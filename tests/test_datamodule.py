@@ -1,5 +1,6 @@
 import pickle
 import signal
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -196,6 +197,8 @@ def test_a_set_of_other_classes_is_refused_at_once(squares, tmp_path):
         ({"weighting": "count"}, "`weighting` is 'count'; use uniform, share, root"),
         ({"push": True}, "`push` is true; it needs `hub_id`"),
         ({"push": True, "hub_id": "me/mine", "train_on": "real"}, "`push` is true; it needs `hub_id`, and `train_on:"),
+        ({"revision": "v1"}, "`revision` is 'v1', but no `hub_id` is named"),
+        ({"config_name": "ipc-1"}, "`config_name` is 'ipc-1', but neither `set_folder` nor `hub_id` is named"),
         ({"hub_id": "me/mine", "set_folder": "mine"}, "`hub_id` is 'me/mine' and `set_folder` 'mine'; name one set"),
         ({"batch_keys": ("image", "image")}, "`batch_keys` is ('image', 'image'); it must be two names"),
     ],
@@ -204,6 +207,13 @@ def test_a_bad_option_is_named_at_construction(options, says):
     with pytest.raises(InputError) as error:
         D4MDataModule(Squares(), **options)
     assert says in str(error.value)
+
+
+def test_a_set_that_its_repository_lacks_is_said_to_be_made_here(squares, monkeypatch, capsys):
+    repository = SimpleNamespace(repo_id="me/squares", configs=["ipc-10"], revision="0")
+    monkeypatch.setattr("d4m_plugin.sharing.find_repository", lambda *_: repository)
+    D4MDataModule(squares, hub_id="me/squares", ipc=2)
+    assert "me/squares has no ipc-2 (ipc-10): the set is made here." in capsys.readouterr().err
 
 
 def test_a_source_that_is_none_is_refused():

@@ -468,7 +468,9 @@ def test_one_of_several_sets_is_named_by_its_folder(squares, tmp_path):
     for ipc in (1, 2):
         made = distill(squares, Recipe(ipc=ipc, **CHEAP))
         shutil.copytree(made.folder, tmp_path / "sets" / made.folder.name)
-    with pytest.raises(InputError, match="holds several sets; name one as `config_name`: ipc-1, ipc-2"):
+    with pytest.raises(
+        InputError, match="holds several sets; name one as `config_name`, or its own folder: ipc-1, ipc-2"
+    ):
         open_set(str(tmp_path / "sets"), squares)
     assert [open_set(str(tmp_path / "sets" / f"ipc-{ipc}"), squares).ipc for ipc in (1, 2)] == [1, 2]
 
@@ -851,6 +853,25 @@ def test_the_line_of_a_sweep_goes_from_least_to_most(tmp_path, monkeypatch):
     line = figure.axes[0].lines[0]
     assert line.get_xdata().tolist() == [0.1, 0.5, 0.7]
     assert line.get_ydata().tolist() == [5.0, 25.0, 35.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"student": "resnt18"}, "`student` is 'resnt18'"),
+        ({"teacher": "lst.ckpt"}, "`teacher` is 'lst.ckpt'"),
+        ({"lr": 0.0}, "`lr` is 0.0"),
+    ],
+)
+def test_a_sweep_that_could_not_train_distils_nothing(squares, tmp_path, monkeypatch, options, says):
+    monkeypatch.setattr("d4m_plugin.evaluation.sweep.distill", lambda *_, **__: pytest.fail("a set was made"))
+    with pytest.raises(InputError, match=says):
+        sweep(squares, tmp_path / "sweep", (0.5, 1.0), **options)
+
+
+def test_an_unknown_student_is_told_before_the_first_one_is_trained(arms, tmp_path):
+    with pytest.raises(InputError, match="`student` is 'resnt18'"):
+        Trainings(arms, protocol(students=("convnet", "resnt18")), tmp_path / "runs")
 
 
 def test_a_sweep_over_oversampling_lets_its_own_teacher_choose(squares, tmp_path):

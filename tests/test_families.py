@@ -152,6 +152,16 @@ def test_steps_that_a_schedule_has_not_are_refused(folder):
         LatentDiffusion(folder("sd")).check_steps(1001, 0.7)
 
 
+@pytest.mark.parametrize(("steps", "strength"), [(10, 0.75), (28, 0.7), (4, 0.7), (8, 1.0)])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_steps_that_are_told_are_those_that_are_made(folder, family, steps, strength):
+    model, made = LatentDiffusion(folder(family)), []
+    model._denoiser.register_forward_hook(lambda *_: made.append(1))
+    options = {"num_inference_steps": steps, "strength": strength, "guidance_scale": 1.0}
+    model.denoise(starts(model)[:1], ["a cat"], [generator_of(0)], **options)
+    assert len(made) == model.steps_of(steps, strength)
+
+
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "DDIMScheduler", "HeunDiscreteScheduler"])
 def test_a_dry_run_counts_the_passes_that_are_made(folder, scheduler, monkeypatch):
     recipe = Recipe(diffusion=folder("sd"), scheduler=scheduler, num_inference_steps=20).resolved(Squares())
@@ -166,7 +176,7 @@ def test_a_dry_run_counts_the_passes_that_are_made(folder, scheduler, monkeypatc
     monkeypatch.setattr(rehearsal, "_seconds", counted)
     step, once = rehearsal._denoising(model, starts(model)[:1], "a cat", recipe)
     made = counted(lambda: model.denoise(starts(model)[:1], ["a cat"], [generator_of(0)], num_inference_steps=20))
-    assert recipe.steps * step + once == pytest.approx(made, abs=1)
+    assert model.steps_of(20, recipe.strength) * step + once == pytest.approx(made, abs=1)
 
 
 def test_a_dry_run_makes_do_with_the_memory_that_there_is(folder, monkeypatch):

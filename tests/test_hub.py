@@ -106,7 +106,7 @@ from datasets import load_dataset
 from d4m_plugin import DistilledDataset
 rows = load_dataset({REPO!r}, "ipc-2", revision={commit!r}, split="train")
 streamed = list(load_dataset({REPO!r}, split="train", streaming=True))
-ours = DistilledDataset({REPO!r}, config="ipc-2", revision="v1")
+ours = DistilledDataset({REPO!r}, config_name="ipc-2", revision="v1")
 print(json.dumps([rows["label"][:], rows.features["label"].names, [row["label"] for row in streamed],
                   ours.targets, ours.classes, ours.revision, ours.images.sum().item()]))
 """)

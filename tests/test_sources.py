@@ -580,7 +580,6 @@ class TestHuggingFace:
             ({"image_column": "x"}, "`image_column` is 'x', but the columns are image, label"),
             ({"label_column": "x"}, "`label_column` is 'x', but the columns are image, label"),
             ({"train_split": "x"}, "`train_split` is 'x', but the splits are train"),
-            ({"test_split": "train"}, "`test_split` is 'train', as `train_split` is"),
             ({"test_split": "x"}, "`test_split` is 'x', but the splits are train"),
         ],
         ids=str,

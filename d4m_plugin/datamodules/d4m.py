@@ -65,13 +65,13 @@ class D4MDataModule(L.LightningDataModule):
             epoch as there are.
         batch_keys: for a model that takes batches as dicts, the names of images and labels in them, such as
             `[image, label]` (torchgeo) or `[pixel_values, labels]` (transformers); by default a batch is a tuple.
-        cache_dir: where distilled sets are kept; by default $D4M_CACHE, else ~/.cache/d4m.
+        cache_dir: where distilled sets are kept; by default $D4M_CACHE, else d4m in $XDG_CACHE_HOME or ~/.cache.
         set_folder: a finished distilled set to train on, whatever the recipe says.
         hub_id: a dataset repository of the Hub, as user/name, whose set to train on in place of distilling one: options
             of the recipe that are not the defaults must be the set's. A set by another tool, of labelled images, will
             do. Where it is not there, the set is distilled.
         revision: branch, tag or commit of `hub_id`.
-        config_name: which of several sets of `set_folder` or `hub_id`; by default the one of `ipc`, else the only one.
+        config_name: which of several sets of `set_folder` or `hub_id`; of `hub_id` by default the one of `ipc`.
         push: put the set in `hub_id` when it is distilled; then all of the recipe must be that of a set there.
         private: make `hub_id` a private repository.
         recipe: options of the Recipe.
@@ -120,6 +120,10 @@ class D4MDataModule(L.LightningDataModule):
             )
         if hub_id and set_folder:
             raise InputError(f"`hub_id` is {hub_id!r} and `set_folder` {str(set_folder)!r}; name one set.")
+        if revision and not hub_id:
+            raise InputError(f"`revision` is {revision!r}, but no `hub_id` is named; only the Hub has revisions.")
+        if config_name and not (hub_id or set_folder):
+            raise InputError(f"`config_name` is {config_name!r}, but neither `set_folder` nor `hub_id` is named.")
         if weighting not in POWERS:
             raise InputError(f"`weighting` is {weighting!r}; use {', '.join(POWERS)}.")
         if weighting != "uniform" and train_on != "distilled":

@@ -33,6 +33,7 @@ def compare(
     lr_smoothing: float = 1.0,
     teacher: str = "auto",
     features: str = "teacher",
+    diffusion: str | None = None,
     compile: bool = False,
     num_workers: int = 0,
     skip_bad_images: bool = False,
@@ -53,8 +54,9 @@ def compare(
         batch_size: images a batch.
         learning_rates: of several, each arm gets the one that is best on a slice of real training images.
         lr_smoothing: as ImageClassifier takes it: of 1, the paper's, the schedule ends at zero; of 2, at half the rate.
-        teacher: as TeacherMatching takes it, but one.
+        teacher: as TeacherMatching takes it, but one, and not `stored`.
         features: the network by whose features the pictures are judged, as for `d4m evaluate`.
+        diffusion: where the sets' diffusion model lies, for the arms that need it, where it is a folder.
         compile: compile students and teacher.
         num_workers: processes that read images.
         skip_bad_images: leave out real images that cannot be read; by default they stop the work.
@@ -88,7 +90,7 @@ def compare(
     )
     make_writable(output.resolve(), "output")
     network = network_of(features, protocol, source, sets[0], cache_dir)
-    arms_of_sets = [Arms(each, source, kept=output / "arms", teacher=teacher, cache_dir=cache_dir) for each in sets]
+    arms_of_sets = [Arms(each, source, diffusion, None, output / "arms", teacher, cache_dir) for each in sets]
     options = (protocol, output / "runs", compile, num_workers)
     trainings = [Trainings(each, *options).of_seeds() for each in arms_of_sets]
     runs = trained(list(itertools.chain(*trainings)))

@@ -85,7 +85,7 @@ def evaluate(
         batch_size: images a batch.
         learning_rates: of several, each arm gets the one that is best on a slice of real training images.
         lr_smoothing: as ImageClassifier takes it: of 1, the paper's, the schedule ends at zero; of 2, at half the rate.
-        teacher: as TeacherMatching takes it, but one.
+        teacher: as TeacherMatching takes it, but one, and not `stored`.
         features: the network by whose features the pictures are judged: `teacher`; `inception`, by which FID is
             published (needs torch-fidelity); or torchvision:NAME, timm:NAME or transformers:ID.
         diffusion: where the set's diffusion model lies, for the arms that need it, where it is a folder.

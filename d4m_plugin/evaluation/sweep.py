@@ -23,11 +23,13 @@ from d4m_plugin.evaluation.report import write_csv
 from d4m_plugin.evaluation.runs import Labels, Protocol, Training, Trainings, trained
 from d4m_plugin.evaluation.sets import ours
 from d4m_plugin.evaluation.verdict import gain_of, interval, points_of
+from d4m_plugin.models.students import check_student
 from d4m_plugin.preview import grid
 from d4m_plugin.progress import is_first
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
+from d4m_plugin.teachers import load_teacher
 
 Setting = dict[str, Any]  # the options that differ, by name
 SHOWN = 10  # images of a setting, in the picture
@@ -59,8 +61,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Distil under each of some settings, train on each set, and draw how the accuracy depends on them.
 
-    A seed decides a set and the training on it, so the intervals are of both. The real images are encoded once, and
-    kept in the cache (64 kB an image at 512 pixels); sets and trainings that are done are not made again.
+    A seed decides a set and the training on it, so the intervals are of both. The real images are encoded once (for
+    each seed, where `max_images_per_class` draws some), and kept in the cache (64 kB an image at 512 pixels); sets and
+    trainings that are done are not made again.
 
     Args:
         source: the real images; scikit-learn's digits by default.
@@ -79,7 +82,7 @@ def sweep(
         budget: steps of each training, as for `d4m evaluate`.
         batch_size: images a batch.
         lr: the first learning rate.
-        teacher: as TeacherMatching takes it, but one.
+        teacher: as TeacherMatching takes it, but one, and not `stored`.
         distill_batch_size: images that the diffusion model takes at once.
         compile: compile student and teacher.
         num_workers: processes that read images.
@@ -93,6 +96,8 @@ def sweep(
         InputError: where an option cannot work, no option has values, or a training diverges.
     """
     check_least(1, seeds=seeds, batch_size=batch_size, distill_batch_size=distill_batch_size)
+    if not lr > 0:
+        raise InputError(f"`lr` is {lr}; it must be above 0.")
     source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     given: dict[str, Sequence[Any]] = {
         "strength": strength,
@@ -127,6 +132,9 @@ def sweep(
         teacher=teacher,
     )
     make_writable(output.resolve(), "output")
+    check_student(student, len(source.classes), recipes[0].resolved(source).image_size)
+    if "teacher" in labels:
+        load_teacher(teacher, source, cache_dir)  # before the long work
     samples: list[Tensor] = []
     accuracies: dict[tuple[int, Labels], list[float]] = {}
     of_random: dict[Labels, list[float]] = {}

@@ -46,6 +46,21 @@ def create_student(name: str, num_classes: int, image_size: int) -> nn.Module:
     return student.train()
 
 
+def check_student(name: str, num_classes: int, image_size: int) -> None:
+    """Refuse what `create_student` does, without its memory.
+
+    Args:
+        name: as `create_student` takes it.
+        num_classes: size of the output.
+        image_size: edge in pixels of the input.
+
+    Raises:
+        InputError: as `create_student`.
+    """
+    with torch.device("meta"):
+        create_student(name, num_classes, image_size)
+
+
 def _keep_small_images(student: nn.Module) -> None:
     if isinstance(student, torchvision.models.ResNet):
         # He et al., arXiv:1512.03385, section 4.2: CIFAR's ResNets start with one 3x3 convolution of stride 1.

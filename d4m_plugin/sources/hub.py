@@ -72,10 +72,6 @@ class HuggingFace(IndexedSource):
         tests = [name for name in TEST_SPLITS if name in splits and name != train_split]
         if test_split is not None:
             _split(splits, test_split, "test_split")
-            if test_split == train_split:
-                raise InputError(
-                    f"`test_split` is {test_split!r}, as `train_split` is; the test images must be others."
-                )
             tests = [test_split]
 
         image_column = image_column or _image_column(train)
