@@ -118,13 +118,14 @@ def _described(source: Source) -> dict[str, Any]:
     kind = type(original)
     skipped = source.skipped if isinstance(source, WithoutBadImages) else []
     for value in original.arguments.values():
-        if (name := without_folders(value)) != value:
-            for folder in {str(value), str(Path(value).expanduser()), str(Path(value).expanduser().resolve())}:
+        if isinstance(value, str | Path) and (name := without_folders(value)) != value:
+            path = Path(value).expanduser()
+            for folder in {str(value), str(path), str(path.resolve())} - {"."}:
                 skipped = [fault.replace(folder, name) for fault in skipped]
     return {
         "name": source.name,
         "class": kind.__name__ if kind.__module__.startswith("d4m_plugin.") else f"{kind.__module__}.{kind.__name__}",
-        "arguments": {name: without_folders(value) for name, value in original.arguments.items()},
+        "arguments": {name: _told(without_folders(value)) for name, value in original.arguments.items()},
         "hub_id": source.hub_id,
         "license": source.license,
         "citation": source.citation,
@@ -132,6 +133,15 @@ def _described(source: Source) -> dict[str, Any]:
         "classes": list(source.classes),
         "skipped": skipped,
     }
+
+
+def _told(value: Any) -> Any:
+    """Return what JSON can hold of an argument: of an array or an object, what kind of thing it is."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return f"<{type(value).__name__}>"
+    return value
 
 
 def _described_model(recipe: ResolvedRecipe) -> dict[str, Any]:

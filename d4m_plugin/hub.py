@@ -121,6 +121,8 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, str | Path):
         path = Path(value).expanduser()
         return path.resolve().name if path.is_absolute() or path.exists() or str(value)[:1] == "." else str(value)
+    if isinstance(value, list | tuple):
+        return [without_folders(each) for each in value]
     return value
 
 

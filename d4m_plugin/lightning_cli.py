@@ -97,7 +97,10 @@ class D4MCLI(LightningCLI):
                 self.model.hparams.pop(name, None)
 
     def before_fit(self) -> None:
-        """Refuse a checkpoint that is not there."""
+        """Refuse a checkpoint that is not there, and batches that our own module does not take."""
+        keys = isinstance(self.datamodule, D4MDataModule) and self.datamodule.batch_keys
+        if keys and isinstance(self.model, ImageClassifier):
+            raise InputError(f"`batch_keys` is {keys}, but an ImageClassifier takes batches as tuples; leave it out.")
         named = self._get(self.config_init, "ckpt_path")
         path = str(named or "")
         if path.endswith(".ckpt") and "://" not in path and not Path(path).expanduser().is_file():

@@ -24,7 +24,7 @@ class Transformed(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[index]
-        return self.transform(image), label
+        return self.transform(image), int(label)
 
 
 class Held(Dataset[tuple[Tensor, ...]]):
@@ -52,7 +52,7 @@ def hold(
         if image.size != (size, size) and not whatever_size:
             return None
         pixels[index] = square(image)
-    return Held(pixels, torch.as_tensor(images.targets))
+    return Held(pixels, torch.as_tensor(images.targets, dtype=torch.int64))
 
 
 def loader_of(

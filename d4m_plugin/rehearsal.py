@@ -192,7 +192,8 @@ def preview(
     make_writable(output.resolve().parent, "output")
     source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     check_classes(source)
-    resolved = Recipe(**recipe | {"ipc": images, "prototypes": images}).resolved(source)
+    recipe |= {"ipc": images, "prototypes": images}
+    resolved = Recipe(**recipe).resolved(source)
     model, teacher = open_model(resolved), open_teacher(resolved, source, cache_dir)
     prompts = resolved.prompts(source.classes)
     warn_of_prompts(prompts, resolved, model)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,6 +60,9 @@ def relabel(
     loaded, tried = tried_teacher(teacher, source, cache_dir, default_device())
     logits = _logits(loaded, dataset)
 
+    record = read_record(dataset.folder)
+    record.pop("labels", None)
+    _write(record, dataset.folder)  # so that no teacher is named meanwhile
     schema, start = features_of(dataset.classes, with_logits=True).arrow_schema, 0
     for shard in shards(dataset.folder):
         table = pq.read_table(shard)
@@ -68,12 +72,16 @@ def relabel(
         with written_whole(shard) as path:
             pq.write_table(pa.table(columns, schema=schema), path)
         start += len(table)
-    metadata = read_record(dataset.folder) | {"labels": {"teacher": without_folders(name_of(teacher)), "tried": tried}}
-    metadata["checksums"] = {name: sum_ for name, sum_ in checksums(dataset.folder).items() if name != "d4m.json"}
-    with written_whole(dataset.folder / "d4m.json") as path:
-        path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
-    write_card(Path(dataset.root), dataset.folder.name, metadata)
+    record["labels"] = {"teacher": without_folders(name_of(teacher)), "tried": tried}
+    record["checksums"] = {name: sum_ for name, sum_ in checksums(dataset.folder).items() if name != "d4m.json"}
+    _write(record, dataset.folder)
+    write_card(Path(dataset.root), dataset.folder.name, record)
     return DistilledDataset(folder, config_name)
+
+
+def _write(record: dict[str, Any], folder: Path) -> None:
+    with written_whole(folder / "d4m.json") as path:
+        path.write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def _logits(teacher: Teacher, dataset: DistilledDataset) -> Tensor:

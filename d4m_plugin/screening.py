@@ -152,9 +152,10 @@ class WithoutBadImages(Source):
     @property
     def fingerprint(self) -> str:
         """The source's where no image is left out, another where some are."""
-        skipped = "\n".join(self.skipped)
-        fingerprint = self.source.fingerprint
-        return hashlib.sha256(f"{fingerprint}{skipped}".encode()).hexdigest() if skipped else fingerprint
+        fingerprint, left = self.source.fingerprint, self._train[0].indices
+        if not self.skipped:
+            return fingerprint
+        return hashlib.sha256(fingerprint.encode() + np.asarray(left, np.int64).tobytes()).hexdigest()
 
     @cached_property
     def _train(self) -> tuple[Chosen, list[str]]:

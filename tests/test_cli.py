@@ -65,12 +65,19 @@ def test_random_weights_are_not_measured(run, command):
     )
 
 
+def test_batches_that_our_own_module_does_not_take_are_told(run):
+    status, _, err = run("fit", "--data.batch_keys", "[image, label]", *SHORT)
+    assert status == 2
+    assert err.endswith("but an ImageClassifier takes batches as tuples; leave it out.\n")
+
+
 @pytest.mark.parametrize("command", ["fit", "test"])
 def test_a_checkpoint_that_is_not_there_is_named(run, command):
     status, _, err = run(command, "--ckpt_path", "no/last.ckpt")
     assert (status, err) == (2, "error: `ckpt_path` is 'no/last.ckpt', and there is no such file.\n")
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
     status, out, _ = run("fit", "--data.train_on", "random", "--trainer.max_steps", "3", "--data.batch_size", "20")
     assert status == 0
@@ -83,19 +90,8 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
         measured = float(re.search(r"_accuracy\W+([0-9.]+)", out)[1])
         assert measured == pytest.approx(accuracy, abs=1e-4)
 
-    status, out, err = run(
-        "fit",
-        "--data.train_on",
-        "real",
-        "--matching.teacher",
-        "null",
-        "--trainer.max_steps",
-        "4",
-        "--data.batch_size",
-        "20",
-        "--ckpt_path",
-        rows["checkpoint"],
-    )  # goes on
+    words = ["--data.train_on", "real", "--matching.teacher", "null", "--data.batch_size", "20"]
+    status, out, err = run("fit", *words, "--trainer.max_steps", "4", "--ckpt_path", rows["checkpoint"])  # goes on
     assert status == 0, err
     assert "--ckpt_path null" in table_of(out)["as a teacher"]  # a student of its own
 

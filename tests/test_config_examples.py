@@ -31,6 +31,7 @@ def test_every_example_is_tried():
     assert {path.name for path in EXAMPLES.glob("*.yaml")} == RUN_HERE | NEED_DATA | {OWN_SOURCE} | set(MODELS)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # of the teacher
 @pytest.mark.parametrize("name", sorted(RUN_HERE))
 def test_an_example_runs(run, name):  # the fixture imported above
     short = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--data.ipc", "2"]

@@ -216,6 +216,26 @@ def test_a_set_that_its_repository_lacks_is_said_to_be_made_here(squares, monkey
     assert "me/squares has no ipc-2 (ipc-10): the set is made here." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("processes", "batches"), [(1, 5), (2, 2)])
+def test_no_process_is_left_with_a_batch_of_one_image(processes, batches):
+    data = D4MDataModule(Squares(), train_on="real", batch_size=4)  # of 18 images, 9 each of two processes
+    data.trainer = SimpleNamespace(world_size=processes)
+    loader = data.train_dataloader()
+    images = -(-18 // processes)
+    assert (images // 4 if loader.drop_last else -(-images // 4)) == batches
+
+
+def test_labels_of_any_whole_type_are_those_of_torch():
+    class Short(Squares):
+        def train(self):
+            images = super().train()
+            images.targets = np.asarray(images.targets, np.int32)
+            return images
+
+    data = D4MDataModule(Short(), train_on="real")
+    assert next(iter(data.train_dataloader()))[1].dtype == torch.int64
+
+
 def test_a_source_that_is_none_is_refused():
     with pytest.raises(InputError, match="`source` is 'Digits'; it must be a Source"):
         D4MDataModule("Digits")

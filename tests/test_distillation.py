@@ -740,3 +740,19 @@ def test_an_image_of_one_colour_is_made_again_in_float32(squares, random_model, 
     images = synthesise(wanted, prototypes, list(squares.classes), recipe, model, teacher)["image"]
     assert precise == [torch.float32]
     assert (images.int() - expected.int()).abs().max() <= 1
+
+
+class OfArrays(Squares):
+    def __init__(self, pixels, folders, anything):
+        super().__init__()
+
+
+def test_a_source_may_be_told_what_json_cannot_hold(random_pipeline, monkeypatch, tmp_path):
+    monkeypatch.setattr(OfArrays, "diffusion", str(random_pipeline))
+    source = OfArrays(np.zeros((2, 2)), [tmp_path / "photos"], object())
+    made = distill(source, Recipe(ipc=1, num_inference_steps=2))
+    assert made.metadata["source"]["arguments"] == {
+        "pixels": "<ndarray>",
+        "folders": ["photos"],
+        "anything": "<object>",
+    }

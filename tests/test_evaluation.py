@@ -337,6 +337,8 @@ def test_what_cannot_be_evaluated_is_said(changes, says):
     ("budget", "steps"), [("quick", 500), ("paper", 500 * 2), (7, 7), ("7", 7), ("fast", None), (0, None)]
 )
 def test_a_budget_is_a_word_or_a_number_of_steps(budget, steps):
+    with pytest.raises(InputError, match="`batch_size` is 0"):
+        steps_of(budget, images=101, batch_size=0)
     if steps is None:
         with pytest.raises(InputError, match=f"`budget` is {budget!r}; use quick, paper, or a number of steps"):
             steps_of(budget, images=101, batch_size=100)

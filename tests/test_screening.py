@@ -110,6 +110,14 @@ def test_the_first_pass_leaves_the_random_state_alone(folder):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_source_is_the_same_however_its_path_is_spelled(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder.parent)
+    paths = (folder, folder.name, f"./{folder.name}")
+    prints = {readable_source(ImageFolder(path), True, tmp_path / "cache", 0).fingerprint for path in paths}
+    assert len(prints) == 1
+    assert prints != {ImageFolder(folder).fingerprint}
+
+
 def test_a_set_without_skipped_images_is_another_set(folder, random_pipeline):
     made = distill(ImageFolder(folder), recipe(random_pipeline), skip_bad_images=True)
     with pytest.raises(InputError, match="3 of 20"):

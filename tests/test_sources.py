@@ -93,7 +93,7 @@ def test_a_folder_that_has_no_training_split_asks_for_one(tmp_path):
 def test_a_test_split_may_lie_beside_the_classes(tmp_path):
     make_folder(tmp_path, photos=["cat", "dog"])
     make_folder(tmp_path / "photos", val=["cat", "dog"])
-    for options in ({}, {"test_folder": "val"}):
+    for options in ({}, {"test_folder": "val"}, {"test_folder": "./val/"}):
         source = ImageFolder(tmp_path / "photos", **options)
         assert (list(source.classes), source.test().root) == (["cat", "dog"], tmp_path / "photos" / "val")
 
@@ -109,6 +109,13 @@ def test_folders_beside_a_training_split_are_told(tmp_path):
     with pytest.warns(InputWarning, match="has the training split 'train', so other folders in it are left out: bus"):
         source = ImageFolder(tmp_path)
     assert list(source.classes) == ["diesel", "steam"]
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path):
+    root = make_folder(tmp_path, photos=["cat", "dog"]) / "photos"
+    os.rename(root / "cat", os.fsencode(root) + b"/caf\xe9")
+    with pytest.raises(InputError, match="whose name is not UTF-8; rename it"):
+        ImageFolder(root)
 
 
 def test_classes_without_test_images_are_told(tmp_path):

@@ -17,7 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Recipe, Teacher, TeacherMatching, distill
+from d4m_plugin import (
+    D4MDataModule,
+    DistilledDataset,
+    ImageClassifier,
+    InputError,
+    Recipe,
+    Teacher,
+    TeacherMatching,
+    distill,
+)
 from d4m_plugin.callbacks import teacher_matching
 from d4m_plugin.devices import trainer_precision
 from d4m_plugin.matching import MIXINGS, Mixed, matching_loss, soften
@@ -531,6 +540,49 @@ def test_a_modules_own_hook_for_batches_runs(teacher):
     seen = []
     fit(Mirrors(), TeacherMatching(teacher, mixing="none"), max_steps=1)
     assert torch.equal(seen[-2].flip(3), seen[-1])
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer` in both")
+@pytest.mark.parametrize("keys", [None, ("image", "label")])
+def test_a_modules_own_hook_sees_no_stored_logits_and_may_add_to_the_batch(
+    teacher, squares, tmp_path, monkeypatch, keys
+):
+    class Adds(Plain):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            images, labels = batch.values() if keys else batch
+            more = images.mean()
+            return {**batch, "mean": more} if keys else (images, labels, more)
+
+        def training_step(self, batch, batch_idx):
+            images, labels, mean = batch.values() if keys else batch
+            seen.append((images.mean(), mean))
+            return super().training_step((images, labels), batch_idx)
+
+    seen = []
+    monkeypatch.setattr("d4m_plugin.teachers.load_teacher", lambda *_: teacher)
+    distill(squares, Recipe(ipc=2, num_inference_steps=2), output=tmp_path / "set")
+    relabel(tmp_path / "set", squares)
+    for matching in (TeacherMatching("stored", mixing="none"), TeacherMatching(teacher, mixing="none")):
+        data = D4MDataModule(squares, set_folder=tmp_path / "set", batch_keys=keys)
+        quiet_trainer(max_epochs=1, callbacks=[matching]).fit(Adds(), datamodule=data)
+    assert len(seen) == 2
+    assert all(images == mean for images, mean in seen)
+
+
+def test_a_set_whose_labelling_was_cut_off_has_no_stored_logits(teacher, squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.teachers.load_teacher", lambda *_: teacher)
+    distill(squares, Recipe(ipc=2, num_inference_steps=2), output=tmp_path / "set")
+    relabel(tmp_path / "set", squares)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("d4m_plugin.relabelling.checksums", killed)
+        with pytest.raises(KeyboardInterrupt):
+            relabel(tmp_path / "set", squares)
+    assert DistilledDataset(tmp_path / "set").logits is None
+    assert relabel(tmp_path / "set", squares).logits is not None
 
 
 def test_an_exception_while_training_restores_the_module(teacher):

@@ -197,9 +197,9 @@ class TeacherMatching(L.Callback):
 
         @functools.wraps(own_step)
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            images, labels, *stored = data.unpacked(batch)
+            images, labels, stored = data.unpacked(batch)
             mixed = MIXINGS[self.mixing](images)
-            batch = data.packed(mixed.images, mixed.labels(labels))
+            batch = data.repacked(batch, mixed.images, mixed.labels(labels))
             shape = (len(images), data.num_classes)
             if self._hook:
                 self._hook.expect(shape)
@@ -232,7 +232,7 @@ class TeacherMatching(L.Callback):
 
         self._restore = restore
 
-    def _target(self, mixed: Mixed, stored: Sequence[Tensor], data: D4MDataModule) -> Tensor:
+    def _target(self, mixed: Mixed, stored: Tensor | None, data: D4MDataModule) -> Tensor:
         """Return what the student is to match: softened outputs, or logits, averaged over the teachers."""
 
         def outputs(logits: Tensor) -> Tensor:
@@ -240,7 +240,8 @@ class TeacherMatching(L.Callback):
 
         pixels = data.to_unit_range(mixed.images)
         targets = [outputs(teacher(pixels)) for teacher in self._loaded]
-        targets += [mixed.values(outputs(logits)) for logits in stored]
+        if stored is not None:
+            targets.append(mixed.values(outputs(stored)))
         return torch.stack(targets).mean(0)
 
     def _loss(self, student: Tensor, target: Tensor, mixed: Mixed, labels: Tensor) -> Tensor:

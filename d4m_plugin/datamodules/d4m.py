@@ -1,5 +1,6 @@
 """The distilled set as the training data of any LightningModule, real images as its validation and test data."""
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -258,24 +259,36 @@ class D4MDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> Any:
         """Augment a training batch, normalise any other, on the device that the trainer has moved it to."""
-        images, *others = batch
+        images, labels, *logits = batch
         trainer = self.trainer
         assert trainer is not None  # which calls this
         images = (self.augmented if trainer.training else self.normalised)(images)
         images = trainer.precision_plugin.convert_input(images)  # it saw uint8, before
-        batch = self.packed(images, *others)
+        packed = self.packed(images, labels)
         module = trainer.lightning_module  # whose own hook Lightning leaves out where the data has one
         if is_overridden("on_after_batch_transfer", module):
-            return module.on_after_batch_transfer(batch, dataloader_idx)
-        return batch
+            packed = module.on_after_batch_transfer(packed, dataloader_idx)
+        if not logits:
+            return packed
+        return {**packed, LOGITS: logits[0]} if self.batch_keys else (*packed, logits[0])
 
-    def packed(self, *parts: Tensor) -> Any:
-        """Return a batch of images and labels, and what else a callback asks for, as the model takes it."""
-        return dict(zip((*self.batch_keys, LOGITS), parts, strict=False)) if self.batch_keys else parts
+    def packed(self, images: Tensor, labels: Tensor) -> Any:
+        """Return a batch of images and labels as the model takes it."""
+        return dict(zip(self.batch_keys, (images, labels), strict=True)) if self.batch_keys else (images, labels)
 
-    def unpacked(self, batch: Any) -> tuple[Tensor, ...]:
-        """Return the parts of a batch made by `packed`."""
-        return tuple(batch.values() if self.batch_keys else batch)
+    def unpacked(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the images and labels of a training batch, and the stored logits where `give_logits` wanted them."""
+        if self.batch_keys:
+            images, labels = (batch[key] for key in self.batch_keys)
+            return images, labels, batch.get(LOGITS)
+        images, labels, *others = batch
+        return images, labels, None if self._logits is None else others[-1]
+
+    def repacked(self, batch: Any, images: Tensor, labels: Tensor) -> Any:
+        """Return a training batch with other images and labels, without the stored logits."""
+        if self.batch_keys:
+            return {key: part for key, part in batch.items() if key != LOGITS} | self.packed(images, labels)
+        return (images, labels, *(batch[2:] if self._logits is None else batch[2:-1]))
 
     def augmented(self, images: Tensor) -> Tensor:
         """Return what the student sees of training images, uint8 (B, 3, H, W): cropped, flipped and normalised."""
@@ -334,7 +347,8 @@ class D4MDataModule(L.LightningDataModule):
         return WeightedRandomSampler((weights / of_class[labels]).tolist(), len(held))
 
     def _training_loader(self, dataset: Held | Transformed, sampler: Callable[[Any], Sampler[int]]) -> DataLoader[Any]:
-        alone = 1 < self.batch_size < len(dataset) and len(dataset) % self.batch_size == 1
+        own = math.ceil(len(dataset) / (self.trainer.world_size if self.trainer else 1))  # of this process
+        alone = 1 < self.batch_size < own and own % self.batch_size == 1
         return self._loader(dataset, sampler, drop_last=alone)  # batch norm has no variance of one image
 
     def _loader(

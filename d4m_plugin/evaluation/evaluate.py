@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from d4m_plugin.assembling import VERSIONS
 from d4m_plugin.cache import make_writable, written_whole
 from d4m_plugin.card import write_card
+from d4m_plugin.checking import check_least
 from d4m_plugin.devices import default_device
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.evaluation.arms import Arm, Arms
@@ -211,8 +212,9 @@ def steps_of(budget: str | int, images: int, batch_size: int) -> int:
     """Return the steps of a training on so many images in batches of a size.
 
     Raises:
-        InputError: where the budget is neither `quick`, `paper` nor a number.
+        InputError: where the budget is neither `quick`, `paper` nor a number, or a batch holds nothing.
     """
+    check_least(1, batch_size=batch_size)
     if budget == "quick":
         return QUICK
     if budget == "paper":

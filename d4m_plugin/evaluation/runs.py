@@ -234,7 +234,7 @@ class Trainings:
             named, labels = self._named_of_the_slice(student, data)
         else:
             named = torch.cat(trainer.predict(student, datamodule=data))  # type: ignore[arg-type]  # typed for any output
-            labels = torch.as_tensor(self.arms.source.test().targets)
+            labels = torch.as_tensor(self.arms.source.test().targets, dtype=torch.int64)
         classes = data.num_classes
         there, right = labels.bincount(minlength=classes), labels[named == labels].bincount(minlength=classes)
         confusion = (labels * classes + named).bincount(minlength=classes**2)
@@ -281,7 +281,7 @@ class Trainings:
                 student(data.normalised(batch.to(device))).argmax(1)
                 for batch in self._slice_squares.split(self.protocol.batch_size)
             ]
-        return torch.cat(named).cpu(), torch.as_tensor(self._slice.targets)
+        return torch.cat(named).cpu(), torch.as_tensor(self._slice.targets, dtype=torch.int64)
 
 
 @dataclasses.dataclass(frozen=True)

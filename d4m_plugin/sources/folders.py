@@ -217,6 +217,8 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
     for folder in (train_folder, test_folder):
         if folder is not None and not (root / folder).is_dir():
             raise InputError(f"`root` is {str(root)!r}, which has no folder {folder!r}.")
+    # As they stand in a list of folders: a shell completes `val` to `val/`.
+    train_folder, test_folder = (each and os.path.normpath(each) for each in (train_folder, test_folder))
     there = _folders_in(root)
     order = [*TRAIN_FOLDERS, *TEST_FOLDERS]
     splits = [name for name in there if name.lower() in order and _folders_in(root / name)]
@@ -250,9 +252,13 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
 
 def _folders_in(folder: Path) -> list[str]:
     try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         _refuse(error)
+    for name in names:
+        if os.fsencode(name) != name.encode(errors="replace"):
+            raise InputError(f"`root` has the folder {str(folder / name)!r}, whose name is not UTF-8; rename it.")
+    return names
 
 
 def _refuse(error: OSError) -> NoReturn:
