@@ -150,14 +150,15 @@ def test_what_is_no_number_of_a_teacher_stays_whole(tmp_path):
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
-    module = ImageClassifier(3, image_size=16)
+def checkpoint(tmp_path, request):
+    module = ImageClassifier(3, 16, getattr(request, "param", "convnet"))
     trainer = L.Trainer(max_steps=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(module, datamodule=D4MDataModule(Squares(), train_on="real"))
     trainer.save_checkpoint(tmp_path / "teacher.ckpt")
     return tmp_path / "teacher.ckpt", module.eval()
 
 
+@pytest.mark.parametrize("checkpoint", ["convnet", "regnet_x_400mf"], indirect=True)
 def test_a_checkpoint_of_real_training_is_a_teacher(checkpoint, tmp_path):
     path, module = checkpoint
     found = load_teacher(path, Squares())

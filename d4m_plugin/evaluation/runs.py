@@ -26,7 +26,7 @@ from d4m_plugin.diffusion import digest
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import ARMS, Arm, Arms
 from d4m_plugin.models.classifier import ImageClassifier
-from d4m_plugin.models.students import check_student
+from d4m_plugin.models.students import create_student
 from d4m_plugin.one_process import fit, own_trainer
 from d4m_plugin.progress import Progress
 from d4m_plugin.screening import check_images, test_fingerprint
@@ -152,7 +152,7 @@ class Trainings:
         check_images(source, source.train(), "training images", source.fingerprint, cache, num_workers)
         arms.check(protocol.arms)
         for student in protocol.students:
-            check_student(student, len(source.classes), judged.image_size)
+            create_student(student, len(source.classes), judged.image_size)  # whether it can be made
         if len(protocol.learning_rates) > 1 and not self._spare:
             raise InputError(
                 f"`learning_rates` has {len(protocol.learning_rates)}, but a class has as many distilled images as "

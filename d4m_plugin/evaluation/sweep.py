@@ -23,7 +23,7 @@ from d4m_plugin.evaluation.report import write_csv
 from d4m_plugin.evaluation.runs import Labels, Protocol, Training, Trainings, trained
 from d4m_plugin.evaluation.sets import ours
 from d4m_plugin.evaluation.verdict import gain_of, interval, points_of
-from d4m_plugin.models.students import check_student
+from d4m_plugin.models.students import create_student
 from d4m_plugin.preview import grid
 from d4m_plugin.progress import is_first
 from d4m_plugin.recipe import Recipe
@@ -132,9 +132,9 @@ def sweep(
         teacher=teacher,
     )
     make_writable(output.resolve(), "output")
-    check_student(student, len(source.classes), recipes[0].resolved(source).image_size)
+    create_student(student, len(source.classes), recipes[0].resolved(source).image_size)  # whether it can be made
     if "teacher" in labels:
-        load_teacher(teacher, source, cache_dir)  # before the long work
+        load_teacher(teacher, source, cache_dir)  # likewise
     samples: list[Tensor] = []
     accuracies: dict[tuple[int, Labels], list[float]] = {}
     of_random: dict[Labels, list[float]] = {}
