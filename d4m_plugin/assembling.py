@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import platform
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -72,9 +73,8 @@ def write_set(
             "rest of `ipc` comes from further noise."
         )
         warnings.warn(sentence, InputWarning, stacklevel=2)
-    decoded = [
-        model.decode(tensors[f"{label}.latents"][:MAX_COLUMNS].float()) for label in range(min(len(classes), MAX_ROWS))
-    ]
+    shown = [tensors[f"{label}.latents"][:MAX_COLUMNS].float() for label in range(min(len(classes), MAX_ROWS))]
+    decoded = [model.decode(latents, recipe.image_size) for latents in shown]
     grid(decoded, classes).save(folder / "prototypes.png")
 
     first: list[list[Tensor]] = [[] for _ in classes[:MAX_ROWS]]
@@ -118,10 +118,11 @@ def _described(source: Source) -> dict[str, Any]:
     kind = type(original)
     skipped = source.skipped if isinstance(source, WithoutBadImages) else []
     for value in original.arguments.values():
-        if isinstance(value, str | Path) and (name := without_folders(value)) != value:
-            path = Path(value).expanduser()
-            for folder in {str(value), str(path), str(path.resolve())} - {"."}:
+        if isinstance(value, str | Path):
+            path, name = Path(value).expanduser(), without_folders(value)
+            for folder in sorted({str(value), str(path), str(path.resolve())} - {"", "."}, key=len, reverse=True):
                 skipped = [fault.replace(folder, name) for fault in skipped]
+    skipped = [re.sub(r"(['\"])/((?!\1).)*/", r"\1", fault) for fault in skipped]  # of a library's own cache
     return {
         "name": source.name,
         "class": kind.__name__ if kind.__module__.startswith("d4m_plugin.") else f"{kind.__module__}.{kind.__name__}",

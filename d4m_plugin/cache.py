@@ -72,7 +72,7 @@ def aside_of(path: Path) -> Path:
 
 def is_aside(path: Path) -> bool:
     """Whether a path is one that `aside_of` gave, to this process or another."""
-    return re.fullmatch(r"\..*\.\d+", path.name) is not None
+    return re.fullmatch(r"\..+\.[^.]+\.\d+", path.name) is not None
 
 
 def checksum(path: Path) -> str:

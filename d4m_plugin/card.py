@@ -7,7 +7,7 @@ a repository, one for each set. Writing a card again replaces these parts and le
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 from urllib.parse import quote
@@ -104,8 +104,8 @@ RESULTS = """
 |---|---|---|---|---|
 {rows}
 
-{seeds} seeds, mean ± standard deviation; {steps} steps of {batch_size} images; teacher: {teacher}. Measured by
-`d4m evaluate`.
+{seeds} seeds, mean ± standard deviation; {steps} steps of {batch_size} images; learning rate: {rates}; teacher:
+{teacher}. Measured by `d4m evaluate`.
 """
 
 
@@ -196,7 +196,10 @@ def _add_metadata(data: Any, config: str, metadata: dict[str, Any], size: int) -
         configs[0]["default"] = True
     data.configs = configs
 
-    _add(data, "license", sorted({source["license"], metadata["model"]["license"]}))
+    licenses = sorted({source["license"], metadata["model"]["license"]})
+    _add(data, "license", licenses)
+    if len(configs) == 1 and "unknown" not in licenses:  # as it was before somebody told
+        data.license = [each for each in data.license if each != "unknown"]
     if len(data.license) == 1:
         data.license = data.license[0]
     _add(data, "task_categories", ["image-classification"])
@@ -265,7 +268,18 @@ def _results(config: str, results: dict[str, Any]) -> str:
     ]
     verdicts = "\n".join(f"- {_plain(sentence)}" for sentence in with_caution(results))
     protocol = results["protocol"] | {"teacher": _plain(results["protocol"]["teacher"])}
-    return RESULTS.format_map(protocol | {"config": config, "verdicts": verdicts, "rows": "\n".join(rows)})
+    protocol |= {"config": config, "verdicts": verdicts, "rows": "\n".join(rows), "rates": rates_of(protocol)}
+    return RESULTS.format_map(protocol)
+
+
+def rates_of(protocol: Mapping[str, Any]) -> str:
+    """Return the learning rate of all trainings of an evaluation, or how each arm got its own, in words."""
+    rates = ", ".join(f"{rate:g}" for rate in protocol["learning_rates"])
+    if len(protocol["learning_rates"]) > 1:
+        rates += ": each arm has the best on a slice of real training images, by the first seed"
+    if protocol["lr_smoothing"] != 1:
+        rates += f"; the cosine schedule is stretched {protocol['lr_smoothing']:g} times"
+    return rates
 
 
 def with_caution(results: dict[str, Any]) -> dict[str, str | None]:

@@ -115,6 +115,20 @@ class LatentDiffusion:
         knows_it = self._is_flux or (unet and unet.config.time_cond_proj_dim)
         return "negative_prompt_embeds" in self._takes and not knows_it
 
+    def check_resolution(self, resolution: int | None) -> int:
+        """Return the edge in pixels that images are encoded at, the model's own where none is named.
+
+        Raises:
+            InputError: where the model's latents have no such edge.
+        """
+        if resolution is None:
+            return self.resolution
+        patch = 2 if self._is_flux else self._denoiser.config.get("patch_size") or 1
+        step = self.pipeline.vae_scale_factor * patch
+        if resolution % step:
+            raise InputError(f"`resolution` is {resolution}; {type(self.pipeline).__name__} takes multiples of {step}.")
+        return resolution
+
     def steps_of(self, num_inference_steps: int, strength: float) -> int:
         """Return the steps that are made of each image's schedule, which pipelines round each in their own way.
 
@@ -146,14 +160,20 @@ class LatentDiffusion:
         except (ValueError, IndexError) as error:
             kind = type(scheduler).__name__
             raise InputError(f"{told}, which {kind} cannot make at `strength` {strength}: {error}") from error
+        one = torch.ones(1)
+        try:
+            scheduler.add_noise(one, one, scheduler.timesteps[:1].cpu())
+        except Exception as error:  # of all kinds, of those that generate alone, or go the other way
+            kind = type(scheduler).__name__
+            raise InputError(f"`scheduler` is {kind!r}, which cannot start from a prototype; name another.") from error
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
         """Compute in float32 for a while, with weights in it."""
         kept = {name: part.dtype for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
         dtype, self.dtype, self._encoded = self.dtype, torch.float32, {}
-        self.pipeline.to(torch.float32)
         try:
+            self.pipeline.to(torch.float32)
             yield
         finally:
             self.dtype, self._encoded = dtype, {}
@@ -441,7 +461,10 @@ def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
         kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
         if kind is None:
             raise InputError(f"`scheduler` is {name!r}; name a diffusers class such as DDIMScheduler or PNDMScheduler.")
-        flows = [hasattr(each, "scale_noise") for each in (kind, own)]  # rather than diffuses
+        try:
+            flows = [hasattr(each, "scale_noise") for each in (kind, own)]  # rather than diffuses
+        except ImportError as error:  # diffusers' stand-in
+            raise InputError(f"`scheduler` is {name!r}: {' '.join(str(error).split())}") from error
         if flows[0] != flows[1]:
             raise InputError(
                 f"`scheduler` is {name!r}, which is not of the kind of the model's own, {type(own).__name__}."

@@ -29,6 +29,7 @@ from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
 from d4m_plugin.distilled import DistilledDataset, with_png
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError, InputWarning
+from d4m_plugin.hub import TRANSFORMERS
 from d4m_plugin.progress import Progress, say
 from d4m_plugin.prototypes import Prototypes, cluster
 from d4m_plugin.recipe import MODELS, Recipe, ResolvedRecipe
@@ -42,6 +43,7 @@ from d4m_plugin.synthesis import open_model, open_teacher, synthesise, warn_of_p
 from d4m_plugin.teachers import Teacher
 from d4m_plugin.units import SILENCE, DamagedError, Units, load_tensors, save_tensors
 
+WRITTEN = "set-is-written"  # the last unit
 BLOCK = 50  # images a unit of synthesis; fixed, so that the units do not depend on the batch size
 
 
@@ -145,7 +147,7 @@ def _is_finished(folder: Path) -> bool:
 def set_fingerprint(source: Source, recipe: ResolvedRecipe) -> str:
     """Return twelve hexadecimal digits that name a source, a recipe, and the weights of a model in a folder."""
     decides = [FORMAT, source.fingerprint, list(source.classes), dataclasses.asdict(recipe)]
-    models = [model_digest(model.removeprefix("transformers:")) for name in MODELS if (model := getattr(recipe, name))]
+    models = [model_digest(model.removeprefix(TRANSFORMERS)) for name in MODELS if (model := getattr(recipe, name))]
     return digest([json.dumps(decides), *models])[:12]
 
 
@@ -173,9 +175,10 @@ def _distil_into(
     keep_latents: bool,
     compile: bool,
 ) -> None:
-    """Leave the units in `work`, and the finished set in `folder`."""
+    """Leave the units in `work`, and the finished set in `folder`, where there is none."""
+    (work / WRITTEN).unlink(missing_ok=True)  # of a set that was moved or removed since
     model, teacher = open_model(recipe, compile), open_teacher(recipe, source, cache)
-    resolution = recipe.resolution or model.resolution
+    resolution = model.check_resolution(recipe.resolution)
     prompts = recipe.prompts(source.classes)
     warn_of_prompts(prompts, recipe, model)
     images, fingerprint_of_images = source.train(), source.fingerprint
@@ -203,7 +206,7 @@ def _distil_into(
     blocks = [block_file(work, number) for number in range(math.ceil(len(prompts) * recipe.ipc / BLOCK))]
     with (
         Progress("Writing", 1, " set", delay=SILENCE) as progress,
-        Units(work, {"set-is-written": 1}, Path.stat, progress) as units,
+        Units(work, {WRITTEN: 1}, Path.stat, progress) as units,
     ):
         for free in units.rounds():
             for name in free:

@@ -16,6 +16,7 @@ from d4m_plugin.units import DamagedError, load_tensors
 
 Action = Literal["list", "verify", "remove", "prune"]
 DAY = 24 * 60 * 60  # seconds
+PARTS = ("sets", "latents", "teachers")  # what a user would name
 
 
 def cache(
@@ -66,8 +67,10 @@ def cache(
 
 def _entries(root: Path) -> dict[str, Path]:
     """Return what is in the cache by its name: each folder or file of each part, and what killed processes left."""
-    found = {path for part in ("sets", "latents", "teachers") for path in (root / part).glob("*")}
-    inside = [path.relative_to(root) for path in root.rglob(".*") if is_aside(path)]
+    found = {path for part in PARTS for path in (root / part).glob("*")}
+    # Not all of the folder, in which there may be other people's files too.
+    asides = (path for part in (*PARTS, "screened") for path in (root / part).rglob(".*"))
+    inside = [path.relative_to(root) for path in asides if is_aside(path)]
     left = {root / path for path in inside if not any(map(_unfinished, path.parents))}  # those go with their folder
     return {str(path.relative_to(root)): path for path in sorted(found | left) if path.suffix != ".lock"}
 
@@ -120,10 +123,10 @@ def _described(path: Path) -> str:
 
 def _damaged(path: Path) -> list[str] | None:
     """Return which files are not what was written; None where nothing has a checksum."""
-    records = list(path.glob("*/d4m.json"))
-    units = [file for file in _sizes(path) if file.suffix == ".safetensors"]
     if path.suffix == ".partial" or path.parent.name == "latents":
+        units = path.glob("*/*.safetensors" if path.suffix == ".partial" else "*.safetensors")
         return [file.name for file in units if not _is_whole(file)]
+    records = list(path.glob("*/d4m.json"))
     return [name for record in records for name in _damaged_of_set(record)] if records else None
 
 

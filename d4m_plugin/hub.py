@@ -24,6 +24,8 @@ WAITS = (1, 2, 4, 8)  # seconds before another try, where the Hub says nothing e
 LONGEST_WAIT = 300  # seconds that are waited because the Hub says so
 PASSING = (408, 409, 412, 429, 500, 502, 503, 504)  # statuses that another try may not meet
 
+TRANSFORMERS = "transformers:"  # before a classifier's Hub id or folder
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -118,11 +120,15 @@ def card_of(content: bytes, name: str) -> "RepoCard":
 
 def without_folders(value: Any) -> Any:
     """Return what may be told to others of an option's value: of a path on this machine, the last part alone."""
+    if isinstance(value, str) and value.startswith(TRANSFORMERS):
+        return TRANSFORMERS + without_folders(value.removeprefix(TRANSFORMERS))
     if isinstance(value, str | Path):
         path = Path(value).expanduser()
         return path.resolve().name if path.is_absolute() or path.exists() or str(value)[:1] == "." else str(value)
     if isinstance(value, list | tuple):
         return [without_folders(each) for each in value]
+    if isinstance(value, dict):
+        return {name: without_folders(each) for name, each in value.items()}
     return value
 
 

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from d4m_plugin.devices import default_device
+from d4m_plugin.errors import InputError
 from d4m_plugin.one_process import fit, own_trainer
 from d4m_plugin.seeding import seed_of
 
@@ -161,7 +162,11 @@ class _CheckpointOnTheWay(ModelCheckpoint):
 
 
 def train(module: Training, steps: int, callbacks: list[L.Callback], checkpoint: Path, compiled: bool) -> None:
-    """Make exactly `steps` updates, from `checkpoint` on where there is one."""
+    """Make exactly `steps` updates, from `checkpoint` on where there is one.
+
+    Raises:
+        InputError: where the training diverged.
+    """
     if compiled:
         module.compile_parts()
     kept = _CheckpointOnTheWay(
@@ -176,3 +181,5 @@ def train(module: Training, steps: int, callbacks: list[L.Callback], checkpoint:
             warnings.filterwarnings("ignore", expected)  # as after a kill; no step depends on the loader
         fit(trainer, module, ckpt_path=checkpoint if checkpoint.exists() else None)
     module.cpu().eval()
+    if not all(bool(each.isfinite().all()) for each in module.state_dict().values()):
+        raise InputError("the training diverged, and its weights are no numbers; lower `vae_lr` or `unet_lr`.")

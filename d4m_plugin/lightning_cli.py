@@ -3,6 +3,7 @@
 import csv
 import inspect
 import itertools
+import json
 import math
 import os
 import re
@@ -183,8 +184,15 @@ class D4MCLI(LightningCLI):
                 options += f" --data.image_size {data.image_size}"
             if data.resize != data.recipe.resize:
                 options += f" --data.resize {data.resize}"
-            if STORED in self._get(self.config_init, "matching").teachers:
-                options += f" --matching.teacher {shlex.quote(data.distilled.metadata['labels']['teacher'])}"
+            teachers = [str(each) for each in self._get(self.config_init, "matching").teachers]
+            if STORED in teachers:
+                told = data.distilled.metadata["labels"]["teacher"]
+                told = (
+                    "TEACHER" if told.endswith((".ckpt", ".safetensors")) else told
+                )  # where its file lies is not told
+                teachers = [told if each == STORED else each for each in teachers]
+                given = teachers[0] if len(teachers) == 1 else json.dumps(teachers)
+                options += f" --matching.teacher {shlex.quote(given)}"
             if data.weighting != "uniform":
                 options += " --data.weighting uniform"
             if data.push:

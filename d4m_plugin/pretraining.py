@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
@@ -140,7 +141,9 @@ def pretrain(
         InputError: where the output folder exists, the sizes do not fit, or `start_from` is no such pipeline.
     """
     source = source or Digits()
-    check_least(1, vae_steps=vae_steps, unet_steps=unet_steps, batch_size=batch_size)
+    check_least(1, vae_steps=vae_steps, unet_steps=unet_steps, batch_size=batch_size, image_size=image_size)
+    if not 0 <= seed < 2**32:
+        raise InputError(f"`seed` is {seed}; it must be at least 0 and below 2^32.")
     for name, rate in (("vae_lr", vae_lr), ("unet_lr", unet_lr)):
         if not rate > 0:
             raise InputError(f"`{name}` is {rate}; it must be above 0.")
@@ -195,7 +198,9 @@ def pretrain(
         part.half()
     pipeline.save_pretrained(work / "pipeline")
     (work / "pipeline").replace(output)
-    shutil.rmtree(partial)
+    shutil.rmtree(work)
+    with suppress(OSError):  # other options' work may be there
+        partial.rmdir()
     return output
 
 

@@ -67,6 +67,8 @@ class ResultsProtocol(TypedDict):
     seeds: int
     steps: int
     batch_size: int
+    learning_rates: list[float]
+    lr_smoothing: float
     teacher: str
 
 

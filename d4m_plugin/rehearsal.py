@@ -51,7 +51,7 @@ def estimate(
     resolved = recipe.resolved(source)
     model = open_model(resolved, compile)
     warn_of_prompts(resolved.prompts(source.classes), resolved, model)
-    resolution = resolved.resolution or model.resolution
+    resolution = model.check_resolution(resolved.resolution)
     images = source.train()
     if resolved.max_images_per_class is not None:
         images = at_most(images, resolved.max_images_per_class, resolved.seed)
@@ -199,7 +199,7 @@ def preview(
     warn_of_prompts(prompts, resolved, model)
     few = at_most(source.train(), min(of_class, resolved.max_images_per_class or of_class), resolved.seed)
     shown = list(range(min(classes, len(source.classes))))
-    resolution = resolved.resolution or model.resolution
+    resolution = model.check_resolution(resolved.resolution)
     prototypes = {
         label: cluster(latents, images, seed_of(resolved.seed, label))
         for label, latents in encode(few, shown, model, resolution, resolved.resize, batch_size, num_workers)

@@ -9,7 +9,6 @@ from PIL import Image
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.hub import NotOnTheHub, Repository, find_repository, without_folders
-from d4m_plugin.progress import say
 from d4m_plugin.recipe import MODELS, Recipe
 from d4m_plugin.sources import HuggingFace, LabelledImages, Source
 from d4m_plugin.sources.names import match_classes
@@ -57,15 +56,11 @@ def find_set(
     except NotOnTheHub:
         if revision is not None or config_name is not None:
             raise
-        if not exact:
-            say(f"{hub_id} is not on the Hub: the set is made here.")
         return None
     if not repository.configs:
         return None if exact else _others(source, hub_id, config_name, revision)
     name = config_name or _config_of(repository, recipe, exact)
     if name is None:
-        if not exact:
-            say(f"{hub_id} has no {recipe.config_name} ({listed(repository.configs)}): the set is made here.")
         return None
     found = DistilledDataset(hub_id, name, repository.revision)
     differs = _differences(found, source, recipe, exact)

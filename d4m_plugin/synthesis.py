@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d4m_plugin.devices import Batches, default_device
 from d4m_plugin.diffusion import LatentDiffusion, embedded_prompts
-from d4m_plugin.errors import InputWarning
+from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import ResolvedRecipe
 from d4m_plugin.seeding import generator_of, seed_of
@@ -104,7 +104,7 @@ def synthesise(
     labels = torch.tensor([c for c, _ in wanted])
     batches, everything = batches or Batches(len(wanted)), list(range(len(wanted)))
 
-    def make(chosen: Sequence[int], keys: Sequence[tuple[int, ...]]) -> Tensor:
+    def make(chosen: Sequence[int], keys: Sequence[tuple[int, ...]], batches: Batches) -> Tensor:
         def batch(some: slice) -> Tensor:
             latents = model.denoise(
                 starts[chosen[some]],
@@ -122,16 +122,20 @@ def synthesise(
         return torch.cat(batches.run(batch, len(chosen)))
 
     tries = [[(*each, number) if number else each for each in wanted] for number in range(recipe.oversample)]
-    candidates = torch.stack([make(everything, keys) for keys in tries])
+    candidates = torch.stack([make(everything, keys, batches) for keys in tries])
     kept = surest(candidates, labels, teacher) if teacher else torch.zeros_like(labels)
     images, keys = candidates[kept, everything], [tries[number][n] for n, number in enumerate(kept.tolist())]
     blank = of_one_colour(images)
     if blank:  # not a number somewhere, most often
-        with model.full_precision():
-            images[blank] = make(blank, keys)
+        tried = "in float32 too"
+        try:
+            with model.full_precision():
+                images[blank] = make(blank, keys, Batches(batches.size))
+        except (torch.OutOfMemoryError, InputError):  # they are worth less than all that is to come
+            tried = "and the memory does not hold the model in float32"
         if still := of_one_colour(images):
             named = ", ".join(sorted({repr(prompts[wanted[n][0]]) for n in still}))
-            sentence = f"{len(still)} images are of one colour, in float32 too, of {named}; look at the preview."
+            sentence = f"{len(still)} images are of one colour, {tried}, of {named}; look at the preview."
             warnings.warn(sentence, InputWarning, stacklevel=2)
     return {
         "image": images,

@@ -20,6 +20,7 @@ from d4m_plugin.checking import fault_of, read_json
 from d4m_plugin.devices import autocast, compute_dtype
 from d4m_plugin.diffusion import ASSETS, EMBEDDED, model_digest
 from d4m_plugin.errors import InputError
+from d4m_plugin.hub import TRANSFORMERS
 from d4m_plugin.logits import logits_in
 from d4m_plugin.models.students import SMALL_IMAGE, create_student
 from d4m_plugin.seeding import generator_of
@@ -157,7 +158,7 @@ def name_of(teacher: str | Path | nn.Module) -> str:
 
 def teacher_digest(teacher: str) -> str:
     """Return what tells a teacher from others: what its file or folder holds, else its option."""
-    return model_digest(teacher.removeprefix("transformers:")) or teacher
+    return model_digest(teacher.removeprefix(TRANSFORMERS)) or teacher
 
 
 def _open(teacher: str, source: Source, cache_dir: str | Path | None) -> Teacher:

@@ -212,8 +212,9 @@ def test_a_bad_option_is_named_at_construction(options, says):
 def test_a_set_that_its_repository_lacks_is_said_to_be_made_here(squares, monkeypatch, capsys):
     repository = SimpleNamespace(repo_id="me/squares", configs=["ipc-10"], revision="0")
     monkeypatch.setattr("d4m_plugin.sharing.find_repository", lambda *_: repository)
-    D4MDataModule(squares, hub_id="me/squares", ipc=2)
-    assert "me/squares has no ipc-2 (ipc-10): the set is made here." in capsys.readouterr().err
+    data = D4MDataModule(squares, hub_id="me/squares", ipc=2, num_inference_steps=2)
+    assert len(data.distilled) == 6
+    assert "me/squares has no ipc-2: the set is made here." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("processes", "batches"), [(1, 5), (2, 2)])

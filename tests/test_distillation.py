@@ -742,6 +742,17 @@ def test_an_image_of_one_colour_is_made_again_in_float32(squares, random_model, 
     assert (images.int() - expected.int()).abs().max() <= 1
 
 
+def test_an_image_of_one_colour_that_float32_has_no_room_for_ends_nothing(squares, random_pipeline, monkeypatch):
+    recipe = Recipe(ipc=1, num_inference_steps=2).resolved(squares)
+    model = LatentDiffusion(str(random_pipeline), dtype=torch.bfloat16)
+    monkeypatch.setattr(model.pipeline, "to", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    monkeypatch.setattr(model, "decode", lambda latents, size: torch.zeros(len(latents), 3, size, size).byte())
+    prototypes = {0: Prototypes(torch.zeros(1, 4, 8, 8), torch.ones(1))}
+    with pytest.warns(InputWarning, match="1 images are of one colour, and the memory does not hold the model"):
+        made = synthesise([(0, 0)], prototypes, list(squares.classes), recipe, model)
+    assert (len(made["image"]), model.dtype) == (1, torch.bfloat16)
+
+
 class OfArrays(Squares):
     def __init__(self, pixels, folders, anything):
         super().__init__()

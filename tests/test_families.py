@@ -1,5 +1,6 @@
 """Every family of diffusion models: what we compute in batches is what its stock pipeline gives, image by image."""
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, StableDiffusionPipeline
@@ -199,6 +200,36 @@ def test_a_dry_run_makes_do_with_the_memory_that_there_is(folder, monkeypatch):
     step, _ = rehearsal._denoising(model, torch.cat([starts(model)] * 2), "a cat", recipe)
     assert step > 0
     assert tried == [6, 3, *[2] * 9]
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["IPNDMScheduler", "DDIMInverseScheduler", "RePaintScheduler", "ScoreSdeVeScheduler"]
+)
+def test_a_scheduler_that_cannot_start_from_an_image_is_refused(folder, scheduler):
+    with pytest.raises(InputError, match=f"`scheduler` is '{scheduler}', which cannot start from a prototype"):
+        open_model(Recipe(diffusion=folder("sd"), scheduler=scheduler).resolved(Squares()))
+
+
+def test_a_scheduler_whose_package_is_missing_is_refused(folder, monkeypatch):
+    class Missing(type):
+        def __getattr__(cls, name):
+            raise ImportError("\nDPMSolverSDEScheduler requires the torchsde library")
+
+    class StandIn(metaclass=Missing):
+        pass
+
+    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", StandIn)
+    with pytest.raises(InputError, match="`scheduler` is 'DPMSolverSDEScheduler': DPMSolverSDEScheduler requires the"):
+        LatentDiffusion(folder("sd"), scheduler="DPMSolverSDEScheduler")
+
+
+@pytest.mark.parametrize(("family", "step"), [("sd", 2), ("sd3", 2), ("flux", 4)])
+def test_a_resolution_that_the_latents_cannot_have_is_refused(folder, family, step):
+    model = LatentDiffusion(folder(family), dtype=torch.float32)
+    assert model.check_resolution(None) == model.resolution
+    assert model.check_resolution(3 * step) == 3 * step
+    with pytest.raises(InputError, match=f"`resolution` is {3 * step + 1}; .* takes multiples of {step}"):
+        model.check_resolution(3 * step + 1)
 
 
 def test_a_schedulers_options_are_taken_or_refused(folder):

@@ -108,7 +108,14 @@ def made(source, tmp_path_factory):
                 "diverged": [],
             }
         ],
-        "protocol": {"seeds": 1, "steps": 2, "batch_size": 3, "teacher": "digits"},
+        "protocol": {
+            "seeds": 1,
+            "steps": 2,
+            "batch_size": 3,
+            "learning_rates": [0.001],
+            "lr_smoothing": 1.0,
+            "teacher": "digits",
+        },
     }
     labels = {"teacher": "digits", "tried": "names 99%"}
     record = made.metadata | {"results": results, "labels": labels}

@@ -117,6 +117,25 @@ def test_what_killed_processes_left_is_pruned_wherever_it_lies(finished):
     assert not left.exists()
 
 
+def test_other_peoples_files_in_the_cache_folder_are_left_alone(finished):
+    root = finished.parents[1]
+    theirs = [root / "notes" / ".draft.2", root / "sets" / ".vimrc.1", root / "project" / ".backup.host.2023"]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a thesis")
+        os.utime(path, (0, 0))
+    assert cache("prune", ()) == {"removed": "nothing"}
+    assert all(path.exists() for path in theirs)
+
+
+def test_a_set_that_is_being_put_together_is_not_called_damaged(unfinished):
+    (work,) = (path for path in unfinished.iterdir() if path.is_dir())
+    folder = work / ".set.host.123" / "ipc-2"
+    folder.mkdir(parents=True)
+    (folder / "prototypes.safetensors").write_bytes(b"half")
+    assert cache("verify", (f"sets/{unfinished.name}",)) == {f"sets/{unfinished.name}": "whole"}
+
+
 def test_what_a_killed_process_left_in_unfinished_work_goes_with_it(unfinished):
     left = next(unfinished.glob("*/class-000000.safetensors")).with_name(".class-000000.safetensors.host.123")
     left.write_bytes(b"half")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from d4m_plugin import DistilledDataset, InputError, Recipe, distill
 from d4m_plugin.distilled import checksums, with_png, write_parquet
-from d4m_plugin.hub import persistently
+from d4m_plugin.hub import persistently, without_folders
 from tests import families, hub_server
 from tests.toys import Squares
 
@@ -120,6 +120,12 @@ print(json.dumps([len(load_dataset({REPO!r}, "ipc-2", split="train")), len(Disti
     client(offline)
     hub.shutdown()
     assert client(offline, HF_HUB_OFFLINE="1") == [6, 6]
+
+
+def test_of_a_path_the_last_part_alone_is_told():
+    assert without_folders("transformers:/home/me/vit") == "transformers:vit"
+    assert without_folders("transformers:google/vit") == "transformers:google/vit"
+    assert without_folders({"roots": [Path("/home/me/a"), "/home/me/b", 1]}) == {"roots": ["a", "b", 1]}
 
 
 def test_a_push_tells_nothing_of_this_machine(hub, client, made, tmp_path):

@@ -80,6 +80,32 @@ def test_a_longer_run_that_resumes_has_the_longer_schedule(tmp_path):
     )
 
 
+def test_a_rate_that_is_found_is_the_schedules_own():
+    found, rates = 0.3, []
+
+    class Finds(ImageClassifier):
+        def on_fit_start(self):  # as a LearningRateFinder does, after the schedule is made
+            self.lr = found
+            self.trainer.optimizers[0].param_groups[0]["lr"] = found
+
+        def on_train_batch_start(self, *_):
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    quiet_trainer(max_steps=4).fit(
+        Finds(3, image_size=16), datamodule=D4MDataModule(Squares(), train_on="real", batch_size=9)
+    )
+    assert rates == pytest.approx([found * (1 + math.cos(math.pi * n / 4)) / 2 for n in range(4)])
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_learning_rate_finder_runs_beside_the_bar(run):
+    words = ["--data.train_on", "random", "--data.ipc", "2", "--matching.teacher", "null", "--trainer.max_steps", "3"]
+    finder = ["--trainer.callbacks", "LearningRateFinder", "--trainer.callbacks.num_training_steps", "10"]
+    status, out, err = run("fit", *words, *finder)
+    assert status == 0, err
+    assert "accuracy on real test images" in out
+
+
 def test_a_schedule_cannot_end_early():
     with pytest.raises(InputError, match=r"`lr_smoothing` is 0\.5; it must be at least 1"):
         ImageClassifier(3, lr_smoothing=0.5)

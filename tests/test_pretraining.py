@@ -182,7 +182,11 @@ def test_an_image_size_that_cannot_be_halved_is_named(tmp_path):
         pretrain(Squares(), tmp_path / "new", image_size=18)
 
 
-@pytest.mark.parametrize("options", [{"vae_channels": (10,)}, {"unet_channels": ()}, {"unet_steps": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"vae_channels": (10,)}, {"unet_channels": ()}, {"unet_steps": 0}, {"image_size": -8}, {"seed": -1}],
+    ids=str,
+)
 def test_sizes_that_cannot_work_are_named(tmp_path, options):
     with pytest.raises(InputError, match=f"`{next(iter(options))}` is"):
         pretrain(Squares(), tmp_path / "new", **options)
@@ -196,3 +200,18 @@ def test_it_is_trained_by_one_process_of_many(tmp_path, monkeypatch):
     for name, value in told.items():
         monkeypatch.setenv(f"SLURM_{name}", value)  # Lightning would wait for the other
     assert (pretrain(Squares(), tmp_path / "model", **SMALL) / "model_index.json").is_file()
+
+
+def test_a_training_that_diverges_is_told_and_gives_no_pipeline(tmp_path):
+    with pytest.raises(InputError, match=r"the training diverged, .*; lower `vae_lr` or `unet_lr`"):
+        pretrain(Squares(), tmp_path / "model", **SMALL | {"vae_steps": 20, "vae_lr": 1e12})
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_leaves_other_runs_to_the_same_place_alone(tmp_path):
+    other = tmp_path / "model.partial" / "0123456789ab" / "vae.ckpt"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    pretrain(Squares(), tmp_path / "model", **SMALL)
+    assert [path.name for path in (tmp_path / "model.partial").iterdir()] == ["0123456789ab"]
+    assert other.exists()

@@ -56,6 +56,12 @@ def stopped(squares, tmp_path, monkeypatch, small_blocks):
     return work
 
 
+def test_a_set_that_was_moved_away_is_written_again(squares, tmp_path, stopped):
+    (stopped / distillation.WRITTEN).touch()  # and the process was killed before it removed its work
+    assert len(distill(squares, kills.RECIPE, output=tmp_path / "set")) == 3 * kills.RECIPE.ipc
+    assert not stopped.exists()
+
+
 def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(squares, tmp_path, stopped):
     left = distillation.aside_of(stopped / "set") / f"ipc-{kills.RECIPE.ipc}"
     left.mkdir(parents=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from d4m_plugin import D4MDataModule, ImageClassifier, ImageFolder, InputError, Recipe, distill
+from d4m_plugin import D4MDataModule, HuggingFace, ImageClassifier, ImageFolder, InputError, Recipe, distill
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.screening import readable_source
 from tests.toys import Squares
@@ -58,6 +58,14 @@ def test_bad_files_can_be_left_out_and_are_recorded(folder, random_pipeline):
     assert len(skipped) == 3
     assert all(name in line for name, line in zip(("03.jpg", "04.jpg", "05.jpg"), skipped, strict=True))
     assert made.metadata["source"]["classes"] == ["cat", "dog"]
+
+
+def test_the_record_of_what_is_left_out_does_not_say_where_it_lay(folder, random_pipeline, monkeypatch):
+    monkeypatch.chdir(folder.parent)  # of images in files `datasets` gives whole paths
+    made = distill(HuggingFace(folder.name), recipe(random_pipeline), skip_bad_images=True)
+    skipped = made.metadata["source"]["skipped"]
+    assert len(skipped) == 3
+    assert not [fault for fault in skipped if str(folder.parent) in fault]
 
 
 def test_the_bytes_told_are_those_of_the_images_that_are_left(folder, tmp_path):

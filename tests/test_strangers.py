@@ -329,7 +329,8 @@ def test_markup_of_others_is_text_on_a_card(made):
             "caution": hostile,
             "verdicts": {hostile: None},
             "table": [ROW | {"student": hostile}],
-            "protocol": {"seeds": 1, "steps": 1, "batch_size": 1, "teacher": hostile},
+            "protocol": {"seeds": 1, "steps": 1, "batch_size": 1, "learning_rates": [1.0], "lr_smoothing": 2.0}
+            | {"teacher": hostile},
         },
     }
     card = merged_card(None, "ipc-2", record, 1)
@@ -343,6 +344,14 @@ def test_markup_of_others_is_text_on_a_card(made):
     outside = "\n".join(lines)
     assert "<script>" not in outside
     assert "](javascript:" not in outside
+
+
+def test_a_licence_that_is_told_takes_the_place_of_none(made):
+    known = made.metadata | {"source": made.metadata["source"] | {"license": "mit"}}
+    known["model"] = made.metadata["model"] | {"license": "mit"}
+    assert DatasetCard(merged_card(None, "ipc-2", made.metadata, 1)).data.license == "unknown"
+    card = merged_card(merged_card(None, "ipc-2", made.metadata, 1).encode(), "ipc-2", known, 1)
+    assert DatasetCard(card).data.license == "mit"
 
 
 def test_a_command_on_a_card_says_what_the_record_says(made):

@@ -29,6 +29,10 @@ class RunProgress(ProgressBar):
         """Show nothing: Lightning calls this on all ranks but the first."""
         self._enabled = False
 
+    def enable(self) -> None:
+        """Show it again: Lightning calls this after a search for a learning rate or a batch size."""
+        self._enabled = True
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar."""
         if self._enabled:

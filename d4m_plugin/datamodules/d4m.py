@@ -186,6 +186,8 @@ class D4MDataModule(L.LightningDataModule):
         """The distilled set: the one named, else one made or found when first asked for, and pushed if it is to be."""
         if self._named_set:
             return self._named_set
+        if self.hub_id and not self.push:
+            say(f"{self.hub_id} has no {self.recipe.config_name}: the set is made here.")
         with _ended_at_once():
             made = distill(
                 self.source,

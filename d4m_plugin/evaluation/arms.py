@@ -251,7 +251,7 @@ class Arms:
 
     @property
     def _resolution(self) -> int:
-        return self.recipe.resolution or self.model.resolution
+        return self.model.check_resolution(self.recipe.resolution)
 
     def _squared(self, images: LabelledImages) -> "Squared":
         return Squared(images, self.judged.image_size, self.judged.resize)

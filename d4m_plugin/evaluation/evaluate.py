@@ -152,7 +152,8 @@ def results_of(
             "image_size": judged.image_size,
             "fingerprint": judged.fingerprint,
         },
-        "protocol": dataclasses.asdict(protocol) | {"teacher": without_folders(protocol.teacher), "features": features},
+        "protocol": dataclasses.asdict(protocol)
+        | {"teacher": without_folders(protocol.teacher), "features": without_folders(features)},
         "versions": {"python": platform.python_version()} | {package: version(package) for package in VERSIONS},
         "device": default_device().type,
         "runs": runs,
@@ -173,7 +174,7 @@ def results_of(
     if network is not None:
         real, real_labels = _sample(source, judged.image_size, judged.resize)
         of_source = features == "teacher"  # whose classes the teacher knows
-        name = f"the teacher {without_folders(protocol.teacher)}" if of_source else features
+        name = f"the teacher {without_folders(protocol.teacher)}" if of_source else without_folders(features)
         named = (labels, real_labels) if of_source else (None, None)
         figures = judge(network, name, made, named[0], real, named[1])
         results["pictures"] = figures.as_dict() | {"real_images": len(real)}

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from d4m_plugin.cache import written_whole
-from d4m_plugin.card import accuracy, amount, counted, with_caution
+from d4m_plugin.card import accuracy, amount, counted, rates_of, with_caution
 from d4m_plugin.evaluation.figures import Features, draw_all
 from d4m_plugin.evaluation.verdict import LABELS, points_of
 
@@ -232,17 +232,12 @@ def _alike(judged: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
     edge = judged["image_size"]
     unlike = {"equal_bytes": "as many as fit", "real": "all"}
     others = "".join(f" ({arm}: {count})" for arm, count in unlike.items() if arm in protocol["arms"])
-    rates = ", ".join(f"{rate:g}" for rate in protocol["learning_rates"])
-    if len(protocol["learning_rates"]) > 1:
-        rates += ": each arm has the best on a slice of real training images, by the first seed"
-    if protocol["lr_smoothing"] != 1:
-        rates += f"; the cosine schedule is stretched {protocol['lr_smoothing']:g} times"
     return {
         "images": f"{judged['ipc']} a class{others}, {edge} by {edge} pixels",
         "students": ", ".join(protocol["students"]),
         "steps": f"{protocol['steps']:,} of {protocol['batch_size']} images; the last one counts",
         "seeds": f"{protocol['seeds']}, of the student's weights, the batches and the random images",
-        "learning rate": rates,
+        "learning rate": rates_of(protocol),
         "teacher": protocol["teacher"],
         "augmentation": "random crops, flips where the source allows them; with the teacher's labels, CutMix too",
     }
