@@ -160,6 +160,8 @@ class LatentDiffusion:
         except (ValueError, IndexError) as error:
             kind = type(scheduler).__name__
             raise InputError(f"{told}, which {kind} cannot make at `strength` {strength}: {error}") from error
+        if hasattr(scheduler, "scale_noise"):
+            return  # a flow's, which noises by it
         one = torch.ones(1)
         try:
             scheduler.add_noise(one, one, scheduler.timesteps[:1].cpu())

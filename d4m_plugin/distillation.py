@@ -34,7 +34,7 @@ from d4m_plugin.progress import Progress, say
 from d4m_plugin.prototypes import Prototypes, cluster
 from d4m_plugin.recipe import MODELS, Recipe, ResolvedRecipe
 from d4m_plugin.record import FORMAT
-from d4m_plugin.screening import check_images, readable_source
+from d4m_plugin.screening import check_images, check_labels, readable_source
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.splits import members_by_label
@@ -155,10 +155,11 @@ def check_classes(source: Source) -> None:
     """Refuse a source of one class, or with a class that has no training images.
 
     Raises:
-        InputError: where it is one.
+        InputError: where it is one, or a label is no number of a class.
     """
     if len(source.classes) < 2:
         raise InputError(f"{source.name} has the one class {source.classes[0]!r}; there is nothing to tell apart.")
+    check_labels(source, source.train())
     counts = torch.as_tensor(source.train().targets).bincount(minlength=len(source.classes))
     for label in (counts == 0).nonzero().flatten().tolist():
         raise InputError(f"class {source.classes[label]!r} of {source.name} (label {label}) has no training images.")

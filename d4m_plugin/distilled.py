@@ -93,7 +93,7 @@ class DistilledDataset(VisionDataset):
         self.weights = columns["weight"]
         self.targets: list[int] = columns["label"].tolist()
         self.logits: Tensor | None = None
-        if "logits" in columns and "labels" in self.metadata:  # else `relabel` was ended in the middle
+        if "logits" in columns:
             self.logits = columns["logits"].float().view(len(self), -1)
 
     def push_to_hub(

@@ -26,6 +26,7 @@ from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import trainer_precision
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
+from d4m_plugin.hub import TRANSFORMERS
 from d4m_plugin.models.classifier import ImageClassifier
 
 DEFAULT_STEPS = 500
@@ -100,7 +101,7 @@ class D4MCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse a checkpoint that is not there, and batches that our own module does not take."""
         keys = isinstance(self.datamodule, D4MDataModule) and self.datamodule.batch_keys
-        if keys and isinstance(self.model, ImageClassifier):
+        if keys and type(self.model) is ImageClassifier:
             raise InputError(f"`batch_keys` is {keys}, but an ImageClassifier takes batches as tuples; leave it out.")
         named = self._get(self.config_init, "ckpt_path")
         path = str(named or "")
@@ -187,9 +188,8 @@ class D4MCLI(LightningCLI):
             teachers = [str(each) for each in self._get(self.config_init, "matching").teachers]
             if STORED in teachers:
                 told = data.distilled.metadata["labels"]["teacher"]
-                told = (
-                    "TEACHER" if told.endswith((".ckpt", ".safetensors")) else told
-                )  # where its file lies is not told
+                if told.endswith((".ckpt", ".safetensors")) or (told.startswith(TRANSFORMERS) and "/" not in told):
+                    told = "TEACHER"  # where it lies is not recorded
                 teachers = [told if each == STORED else each for each in teachers]
                 given = teachers[0] if len(teachers) == 1 else json.dumps(teachers)
                 options += f" --matching.teacher {shlex.quote(given)}"

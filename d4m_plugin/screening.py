@@ -94,6 +94,21 @@ def test_fingerprint(source: Source, images: LabelledImages) -> str:
     return f"{source.fingerprint} test {len(images)} {own}"
 
 
+def check_labels(source: Source, images: LabelledImages) -> None:
+    """Refuse labels that are not numbers of the source's classes, as a user's own source may give.
+
+    Raises:
+        InputError: where there are such.
+    """
+    labels, count = np.asarray(images.targets), len(source.classes)
+    whole = labels.ndim == 1 and (labels.dtype.kind in "iu" or not len(labels))
+    if not whole or (len(labels) and not 0 <= labels.min() <= labels.max() < count):
+        raise InputError(
+            f"the `targets` of {source.name} must be a whole number for each image, at least 0 and below {count}, the "
+            "number of its `classes`."
+        )
+
+
 def check_images(
     source: Source, images: LabelledImages, what: str, fingerprint: str, cache: Path, num_workers: int
 ) -> None:
@@ -108,8 +123,9 @@ def check_images(
         num_workers: processes that read.
 
     Raises:
-        InputError: where one cannot; it names the first few and the file that lists all.
+        InputError: where one cannot; it names the first few and the file that lists all. Or where labels are none.
     """
+    check_labels(source, images)
     if isinstance(source, WithoutBadImages):
         return
     bad, file = find_bad(images, fingerprint, cache, num_workers)

@@ -30,6 +30,12 @@ class OthersSet:
         return self.images[index][0], self.targets[index]
 
 
+class _Whole(HuggingFace):
+    """A set of the Hub, of whose own test split no use is made."""
+
+    _tests_apart = False
+
+
 def find_set(
     source: Source,
     recipe: Recipe,
@@ -102,7 +108,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _others(source: Source, hub_id: str, config_name: str | None, revision: str | None) -> OthersSet:
-    images = HuggingFace(hub_id, config_name, revision, test_split="train")  # of its own test split, no use is made
+    images = _Whole(hub_id, config_name, revision, test_split="train")
     return OthersSet(images.train(), labels_of(images.classes, source, hub_id))
 
 

@@ -321,7 +321,7 @@ def _student_of(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, T
 
 
 def _build(student: dict[str, Any], data: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Teacher:
-    """Return a teacher of what a file holds; nothing larger is made.
+    """Return a teacher of what a file holds; nothing larger is made, but of a RegNet.
 
     Raises:
         InputError: where its parts do not go together.

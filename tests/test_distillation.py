@@ -18,7 +18,7 @@ import d4m_plugin.assembling as assembling
 import d4m_plugin.diffusion as diffusion
 import d4m_plugin.distillation as distillation
 import d4m_plugin.synthesis as synthesis
-from d4m_plugin import Digits, DistilledDataset, InputError, LatentDiffusion, Recipe, Teacher, distill
+from d4m_plugin import D4MDataModule, Digits, DistilledDataset, InputError, LatentDiffusion, Recipe, Teacher, distill
 from d4m_plugin.devices import Batches
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.models.students import create_student
@@ -751,6 +751,17 @@ def test_an_image_of_one_colour_that_float32_has_no_room_for_ends_nothing(square
     with pytest.warns(InputWarning, match="1 images are of one colour, and the memory does not hold the model"):
         made = synthesise([(0, 0)], prototypes, list(squares.classes), recipe, model)
     assert (len(made["image"]), model.dtype) == (1, torch.bfloat16)
+
+
+@pytest.mark.parametrize("targets", [[0, 1, 3], [0, -1, 1], [[0], [1], [2]], ["red", "red", "red"], [0.0, 1.0, 2.0]])
+def test_labels_of_an_own_source_that_are_none_are_told_before_any_work(squares, targets, monkeypatch):
+    images = squares.train().__class__(3, 1, seed=0)
+    images.targets = targets
+    monkeypatch.setattr(Squares, "train", lambda self: images)
+    with pytest.raises(InputError, match=r"the `targets` of squares must be a whole number .* below 3"):
+        distill(squares, Recipe(ipc=1, num_inference_steps=2))
+    with pytest.raises(InputError, match=r"the `targets` of squares must be a whole number .* below 3"):
+        D4MDataModule(squares, train_on="real").train_dataloader()
 
 
 class OfArrays(Squares):

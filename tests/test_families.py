@@ -210,6 +210,12 @@ def test_a_scheduler_that_cannot_start_from_an_image_is_refused(folder, schedule
         open_model(Recipe(diffusion=folder("sd"), scheduler=scheduler).resolved(Squares()))
 
 
+def test_a_flow_by_another_scheduler_is_denoised(folder):
+    model = open_model(Recipe(diffusion=folder("sd3"), scheduler="FlowMatchHeunDiscreteScheduler").resolved(Squares()))
+    latents = model.denoise(starts(model)[:1], ["a cat"], [generator_of(0)], num_inference_steps=4)
+    assert latents.isfinite().all()
+
+
 def test_a_scheduler_whose_package_is_missing_is_refused(folder, monkeypatch):
     class Missing(type):
         def __getattr__(cls, name):

@@ -1,9 +1,11 @@
 import errno
 import hashlib
+import io
 import os
 import pickle
 import shutil
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -84,7 +86,9 @@ def test_a_share_that_is_none_is_named(tmp_path, share):
 
 def test_a_folder_that_has_no_training_split_asks_for_one(tmp_path):
     make_folder(tmp_path, validation=["a", "b"], test=["a", "b"])
-    with pytest.raises(InputError, match=r"has the folders validation, test but no train; name .* `train_folder`"):
+    with pytest.raises(
+        InputError, match=r"folders test, validation and no training split with .*; name .* `train_folder`"
+    ):
         ImageFolder(tmp_path)
     source = ImageFolder(tmp_path, train_folder="validation")
     assert (list(source.classes), source.test().root) == (["a", "b"], tmp_path / "test")
@@ -156,8 +160,29 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path):
-    source = ImageFolder(make_folder(tmp_path, 2, photos=["car", "test", "train"]) / "photos", test_share=0.5)
+    with pytest.warns(InputWarning, match="has no training split, so test, train in it are taken for classes too"):
+        source = ImageFolder(make_folder(tmp_path, 2, photos=["car", "test", "train"]) / "photos", test_share=0.5)
     assert list(source.classes) == ["car", "test", "train"]
+
+
+def test_folders_of_images_that_are_named_as_splits_are_no_classes(tmp_path):
+    for name in ("train", "test"):  # as Kaggle's cats and dogs come
+        (tmp_path / name).mkdir()
+        Image.new("L", (20, 10)).save(tmp_path / name / "cat.1.jpg")
+    with pytest.raises(InputError, match="has the folders test, train and no training split with a folder for each"):
+        ImageFolder(tmp_path)
+
+
+def test_a_test_folder_deep_in_the_root_is_no_class(tmp_path):
+    root = make_folder(tmp_path, photos=["cat", "dog", "holdout/test/cat", "holdout/test/dog"]) / "photos"
+    assert list(ImageFolder(root, test_folder="holdout/test").classes) == ["cat", "dog"]
+
+
+def test_a_link_to_the_training_split_is_no_test_split(tmp_path):
+    make_folder(tmp_path, train=["a", "b"])
+    (tmp_path / "val").symlink_to("train")
+    with pytest.raises(InputError, match="`test_folder` is 'val', the training split"):
+        ImageFolder(tmp_path)
 
 
 def test_a_test_folder_without_class_folders_has_no_labels_and_does_not_serve(tmp_path):
@@ -211,7 +236,7 @@ def test_hidden_files_and_others_are_left_out_and_counted(tmp_path):
 
 
 def test_an_empty_class_folder_is_named(tmp_path):
-    (make_folder(tmp_path, train=["a"], val=["a"]) / "train" / "b").mkdir()
+    (make_folder(tmp_path, train=["a"], val=["a", "b"]) / "train" / "b").mkdir()
     with pytest.raises(InputError, match=r"class folder '.*train/b' has no images; fill or remove it"):
         ImageFolder(tmp_path)
     (tmp_path / "train" / "b" / "1.heic").touch()
@@ -581,12 +606,34 @@ class TestHuggingFace:
         prints = [HuggingFace(tmp_path / name, test_share=0.5).fingerprint for name in ("a", "a", "b")]
         assert prints[0] == prints[1] != prints[2]
 
+    def test_images_in_an_archive_are_read_there(self, tmp_path):
+        (tmp_path / "train").mkdir()
+
+        def fill(level):
+            with zipfile.ZipFile(tmp_path / "train" / "images.zip", "w") as archive:
+                for number in range(6):
+                    png = io.BytesIO()
+                    Image.new("L", (16, 16), level + number).save(png, "PNG")
+                    archive.writestr(f"{number}.png", png.getvalue())
+                rows = [f"{number}.png,{'ab'[number % 2]}" for number in range(6)]
+                archive.writestr("metadata.csv", "\n".join(["file_name,label", *rows]))
+            return HuggingFace(tmp_path, test_share=0.3)
+
+        source = fill(100)
+        seen = sorted(
+            images[i][0].getpixel((0, 0))[0] for images in (source.train(), source.test()) for i in range(len(images))
+        )
+        assert (seen, source.image_size) == ([100, 101, 102, 103, 104, 105], 16)
+        assert min(source.stored_bytes()) > 0
+        assert source.fingerprint == fill(100).fingerprint
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"image_column": "x"}, "`image_column` is 'x', but the columns are image, label"),
             ({"label_column": "x"}, "`label_column` is 'x', but the columns are image, label"),
             ({"train_split": "x"}, "`train_split` is 'x', but the splits are train"),
+            ({"test_split": "train"}, "`test_split` is 'train', the training split: its images would be both"),
             ({"test_split": "x"}, "`test_split` is 'x', but the splits are train"),
         ],
         ids=str,

@@ -72,7 +72,8 @@ class D4MDataModule(L.LightningDataModule):
             of the recipe that are not the defaults must be the set's. A set by another tool, of labelled images, will
             do. Where it is not there, the set is distilled.
         revision: branch, tag or commit of `hub_id`.
-        config_name: which of several sets of `set_folder` or `hub_id`; of `hub_id` by default the one of `ipc`.
+        config_name: which of several sets of `set_folder` or `hub_id`; by default the only one, and of `hub_id` rather
+            the one of `ipc`.
         push: put the set in `hub_id` when it is distilled; then all of the recipe must be that of a set there.
         private: make `hub_id` a private repository.
         recipe: options of the Recipe.

@@ -52,6 +52,8 @@ ARMS: tuple[Arm, ...] = get_args(Arm)
 NEEDED: dict[str, set[Arm]] = {  # of Arms, by which arms
     "network": {"herding", "confident"},
     "recipe": {"nearest", "decoded", "generated", "reconstructed"},
+    "model": {"nearest", "decoded", "generated", "reconstructed"},
+    "chooser": {"generated"},
     "prototypes": {"nearest", "decoded"},
 }
 
@@ -103,8 +105,8 @@ class Arms:
 
         Raises:
             InputError: where a class has fewer real images than the set, the set is not one of ours, its model is not
-                the one it was made by, it has no prototypes, there is no teacher, or the source does not tell what its
-                images take on disk.
+                the one it was made by or cannot be opened, it has no prototypes, there is no teacher, or the source
+                does not tell what its images take on disk.
         """
         there = np.bincount(np.asarray(self.train.targets), minlength=len(self.source.classes)).tolist()
         for name, wanted, count in zip(self.source.classes, self.judged.counts, there, strict=True):
@@ -116,6 +118,7 @@ class Arms:
         for part, needed_by in NEEDED.items():
             if not needed_by.isdisjoint(arms):
                 getattr(self, part)
+        vars(self).pop("model", None)  # till it is wanted
         if "equal_bytes" in arms and not len(self._fitting):
             raise InputError(
                 f"`arms` has 'equal_bytes', but the {self.bytes:,} bytes of the distilled set hold not one of the real "
@@ -233,7 +236,8 @@ class Arms:
         return open_model(self.recipe)
 
     @cached_property
-    def _chooser(self) -> Teacher | None:
+    def chooser(self) -> Teacher | None:
+        """Who chose among the set's images, where it has several tries."""
         return open_teacher(self.recipe, self.source, self.cache_dir)
 
     @cached_property
@@ -297,7 +301,7 @@ class Arms:
         prompts = recipe.prompts(self.source.classes)
         wanted = [(label, index) for label in range(len(self.source.classes)) for index in range(recipe.ipc)]
         block = wanted[number * BLOCK : (number + 1) * BLOCK]
-        return synthesise(block, nothing, prompts, recipe, self.model, self._chooser)["image"]
+        return synthesise(block, nothing, prompts, recipe, self.model, self.chooser)["image"]
 
     def _reconstructed(self, seed: int) -> Tensor:
         latents = list(self._latents_of(self._random(seed)))

@@ -93,10 +93,10 @@ class ImageClassifier(L.LightningModule):
         if steps == float("inf"):
             raise InputError("`max_steps` is -1 and `max_epochs` too, but a cosine schedule needs an end; set one.")
         end = max(1, self.lr_smoothing * steps)
-        noted = self.lr  # by the schedule; a LearningRateFinder sets another
 
         def share(step: int) -> float:
-            return self.lr / noted * (1 + math.cos(math.pi * step / end)) / 2
+            first: float = optimizer.param_groups[0]["initial_lr"]  # the schedule's; a LearningRateFinder sets another
+            return self.lr / first * (1 + math.cos(math.pi * step / end)) / 2
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)  # CosineAnnealingLR would end as its checkpoint
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

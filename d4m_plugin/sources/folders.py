@@ -18,6 +18,7 @@ from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.sources.base import IndexedSource
 from d4m_plugin.sources.images import natural_size, picture_formats, read_image, size_of
 from d4m_plugin.sources.names import Synonyms, imagenet_ids, readable
+from d4m_plugin.sources.splits import check_share
 from d4m_plugin.units import in_turn
 
 SHOWN_KINDS = 5
@@ -66,13 +67,14 @@ class ImageFolder(IndexedSource):
     ) -> None:
         check_least(1, image_size=image_size)
         self.root = Path(root).expanduser()
+        check_share(test_share)
         train, folders, test = _find_splits(self.root, train_folder, test_folder)
+        self.classes = self._names(folders, synonyms)
+        if test is not None:  # first, as it is mostly smaller, and finds what does not go together
+            self._test = _index_test(test, train, folders)
         self._train = index(train, folders)
         if test is None:
             self._set_apart(test_share, split_seed)
-        else:
-            self._test = _index_test(test, train, folders)
-        self.classes = self._names(folders, synonyms)
         self.image_size = image_size or natural_size(self._train)
 
     @property
@@ -230,23 +232,27 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
         if others := sorted({*there} - {*splits, *tests}):
             sentence = f"{str(root)!r} has the training split {train_folder!r}, so other folders in it are left out"
             warnings.warn(f"{sentence}: {', '.join(others)}.", InputWarning, stacklevel=2)
-    if train_folder and test_folder and (root / train_folder).samefile(root / test_folder):
-        raise InputError(f"`test_folder` is {test_folder!r}, the training split: its images would be both.")
+    if train_folder and tests and (root / train_folder).samefile(root / tests[0]):
+        raise InputError(f"`test_folder` is {tests[0]!r}, the training split: its images would be both.")
     if train_folder is not None:
         return root / train_folder, class_folders(root / train_folder), root / tests[0] if tests else None
     # No training split: `root` has the classes, and beside them perhaps a test split of the same classes.
     if test_folder is None:
         tests = [name for name in tests if set(_folders_in(root / name)) <= {*there} - {*splits}]
-    classes = [name for name in there if name not in tests]
-    if not {*classes} - {*splits}:
-        if not splits:
+    classes = [name for name in there if name not in {Path(test).parts[0] for test in tests}]
+    like_splits = [name for name in classes if name.lower() in order]
+    if not {*classes} - {*like_splits}:
+        if not like_splits:
             raise InputError(
                 f"`root` is {str(root)!r}, which holds no folders; name the folder that has one for each class."
             )
         raise InputError(
-            f"`root` is {str(root)!r}, which has the folders {', '.join(splits)} but no train; name the one to distil "
-            "as `train_folder`."
+            f"`root` is {str(root)!r}, which has the folders {', '.join(like_splits)} and no training split with a "
+            "folder for each class; name the one to distil as `train_folder`."
         )
+    if like_splits:
+        sentence = f"{str(root)!r} has no training split, so {', '.join(like_splits)} in it are taken for classes too"
+        warnings.warn(f"{sentence}; name `train_folder` or `test_folder` if they are none.", InputWarning, stacklevel=2)
     return root, classes, root / tests[0] if tests else None
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 TEST_SPLITS = ("test", "validation", "val", "valid", "dev")
+IN_AN_ARCHIVE = "::"  # between a file's name there and the archive's, as `datasets` writes them
 TAIL = 32  # bytes of an image file that the fingerprint reads
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
@@ -50,6 +51,8 @@ class HuggingFace(IndexedSource):
         InputError: where it cannot be opened, or a column or split is not there or not to be told.
     """
 
+    _tests_apart = True  # from the training images
+
     def __init__(
         self,
         path: str | Path,
@@ -72,6 +75,8 @@ class HuggingFace(IndexedSource):
         tests = [name for name in TEST_SPLITS if name in splits and name != train_split]
         if test_split is not None:
             _split(splits, test_split, "test_split")
+            if test_split == train_split and self._tests_apart:
+                raise InputError(f"`test_split` is {test_split!r}, the training split: its images would be both.")
             tests = [test_split]
 
         image_column = image_column or _image_column(train)
@@ -140,8 +145,15 @@ class _Rows:
         image: dict[str, Any] | None = self.rows[row][self.column]
         if image is None:
             raise InputError(f"row {row} has no image.")
-        file = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
-        return read_image(file, image["path"] or f"row {row}"), self.targets[index]
+        name: str = image["path"] or f"row {row}"
+        if image["bytes"] is not None:
+            return read_image(io.BytesIO(image["bytes"]), name), self.targets[index]
+        if IN_AN_ARCHIVE not in name:
+            return read_image(name, name), self.targets[index]
+        from datasets.utils.file_utils import xopen
+
+        with xopen(name, "rb") as file:
+            return read_image(io.BytesIO(file.read()), name), self.targets[index]
 
     def only(self, chosen: Sequence[int]) -> "_Rows":
         """Return some of them."""
@@ -157,7 +169,8 @@ class _Rows:
         """A hash of labels, sizes, last bytes (which hold a PNG's checksum) and names."""
         digest = hashlib.sha256(np.asarray(self.targets, np.int64).tobytes())
         for size, tail, name in self._encoded():
-            digest.update(f"{size} {tail!r} {Path(name or '').name}\0".encode())
+            inner = (name or "").partition(IN_AN_ARCHIVE)[0]
+            digest.update(f"{size} {tail!r} {Path(inner).name}\0".encode())
         return digest.hexdigest()
 
     def stored_bytes(self) -> list[int]:
@@ -178,8 +191,20 @@ class _Rows:
             content = chunk.field("bytes")
             parts = (pc.binary_length(content), pc.binary_slice(content, -TAIL), chunk.field("path"))
             for size, tail, name in zip(*(part.take(pa.array(own)).to_pylist() for part in parts), strict=True):
-                yield size_of(name) if size is None and name else size, tail, name
+                yield _size_of(name) if size is None and name else size, tail, name
             start += len(chunk)
+
+
+def _size_of(name: str) -> int:
+    """Return the size of an image's file, on its own or in an archive, -1 where it cannot be told."""
+    if IN_AN_ARCHIVE not in name:
+        return size_of(name)
+    from datasets.utils.file_utils import xgetsize
+
+    try:
+        return int(xgetsize(name))
+    except OSError:
+        return -1
 
 
 def _load(path: str, config: str | None, revision: str | None) -> "DatasetDict":

@@ -18,6 +18,16 @@ def members_by_label(targets: Sequence[int] | np.ndarray) -> dict[int, Tensor]:
     return {label: indices for label, indices in enumerate(members) if len(indices)}
 
 
+def check_share(test_share: float) -> None:
+    """Refuse what is no share of the images to set apart.
+
+    Raises:
+        InputError: where it is none.
+    """
+    if not 0 < test_share < 1:
+        raise InputError(f"`test_share` is {test_share}; it must be above 0 and below 1.")
+
+
 def carve(
     targets: Sequence[int] | np.ndarray, keys: Sequence[bytes], share: float, seed: int
 ) -> tuple[list[int], list[int]]:
@@ -35,8 +45,7 @@ def carve(
     Raises:
         InputError: where `share` is not a share, or no class has two images.
     """
-    if not 0 < share < 1:
-        raise InputError(f"`test_share` is {share}; it must be above 0 and below 1.")
+    check_share(share)
     apart = torch.zeros(len(targets), dtype=torch.bool)
     for members in members_by_label(targets).values():
         count = min(max(round(share * len(members)), 1), len(members) - 1)
