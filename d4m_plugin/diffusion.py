@@ -164,7 +164,7 @@ class LatentDiffusion:
             return  # a flow's, which noises by it
         one = torch.ones(1)
         try:
-            scheduler.add_noise(one, one, scheduler.timesteps[:1].cpu())
+            scheduler.add_noise(one, one, scheduler.timesteps[-1:].cpu())
         except Exception as error:  # of all kinds, of those that generate alone, or go the other way
             kind = type(scheduler).__name__
             raise InputError(f"`scheduler` is {kind!r}, which cannot start from a prototype; name another.") from error

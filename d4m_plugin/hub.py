@@ -6,6 +6,7 @@ A dataset repository holds several sets, each a folder and a config of `datasets
 import dataclasses
 import errno
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,7 +125,8 @@ def without_folders(value: Any) -> Any:
         return TRANSFORMERS + without_folders(value.removeprefix(TRANSFORMERS))
     if isinstance(value, str | Path):
         path = Path(value).expanduser()
-        return path.resolve().name if path.is_absolute() or path.exists() or str(value)[:1] == "." else str(value)
+        lies_here = path.is_absolute() or os.path.exists(path) or str(value)[:1] == "."
+        return path.resolve().name if lies_here else str(value)
     if isinstance(value, list | tuple):
         return [without_folders(each) for each in value]
     if isinstance(value, dict):

@@ -171,6 +171,7 @@ def test_processes_that_read_are_sent_nothing_of_the_trainer(monkeypatch):
     monkeypatch.setattr("d4m_plugin.loading.HELD_BYTES", 0)
     data = D4MDataModule(Squares(), train_on="real")
     data.trainer = lambda: "no process can be sent this"
+    data.trainer.world_size = 1
     for loader in (data.val_dataloader(), data.train_dataloader()):
         assert len(pickle.loads(pickle.dumps(loader.dataset))) == len(loader.dataset)
 
