@@ -3,6 +3,7 @@ import hashlib
 import json
 import logging
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -284,6 +285,9 @@ def test_stored_labels_are_written_read_by_anyone_and_learnt_from(run, tmp_path,
     status, out, err = run("fit", *words, *SHORT[2:])
     assert status == 0, err
     assert "names 99%" not in caplog.text  # no teacher was loaded
+    status, out, err = run("fit", *words[:-1], "[stored, digits]", *SHORT[2:])
+    assert status == 0, err
+    assert shlex.split(table_of(out)["next"])[-2:] == ["--matching.teacher", '["auto", "digits"]']
 
     status, _, err = run("relabel", tmp_path)
     assert status == 2

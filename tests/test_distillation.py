@@ -764,6 +764,12 @@ def test_labels_of_an_own_source_that_are_none_are_told_before_any_work(squares,
         D4MDataModule(squares, train_on="real").train_dataloader()
 
 
+def test_prototypes_are_drawn_at_the_size_of_the_images(squares):
+    made = distill(squares, Recipe(ipc=2, num_inference_steps=2, image_size=40))
+    with Image.open(made.folder / "prototypes.png") as prototypes, Image.open(made.preview) as images:
+        assert prototypes.size == images.size
+
+
 class OfArrays(Squares):
     def __init__(self, pixels, folders, anything):
         super().__init__()

@@ -451,6 +451,32 @@ def test_all_arms_of_a_seed_start_from_the_same_weights_and_randomness(arms, tmp
     assert [len(states) for states in starts.values()] == [1, 1]  # one for each of two seeds
 
 
+def test_the_confusion_is_right_whatever_type_the_labels_have(tmp_path):
+    names = tuple(map(str, range(20)))
+
+    class Small(Squares):
+        def test(self):
+            images = super().test()
+            images.targets = np.asarray(images.targets, np.uint8)
+            return images
+
+    source = Small(classes=names)
+    torch.save((torch.rand(20, 3, 16, 16), torch.arange(20)), tmp_path / "set.pt")
+    arms = Arms(open_set(str(tmp_path / "set.pt"), source), source)
+    for row in results(arms, protocol(seeds=1), tmp_path / "runs"):
+        assert [sum(named) for named in row["confusion"]] == [4] * 20
+
+
+def test_an_arm_whose_model_cannot_be_opened_is_told_before_any_training(arms, monkeypatch):
+    def fail(recipe):
+        raise InputError("`vae` is 'gone'")
+
+    monkeypatch.setattr("d4m_plugin.evaluation.arms.open_model", fail)
+    arms.check(("distilled", "random"))
+    with pytest.raises(InputError, match="`vae` is 'gone'"):
+        arms.check(("decoded",))
+
+
 def test_the_schedule_is_smoothed_for_every_arm_and_is_a_training_of_its_own(arms, tmp_path, monkeypatch):
     ends = []
     fit = L.Trainer.fit
