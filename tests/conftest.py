@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
@@ -13,6 +14,7 @@ from d4m_plugin import cli
 from d4m_plugin.diffusion import LatentDiffusion
 from tests.toys import Squares, save_random_pipeline
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background ignores it, and so would all it starts
 settings.register_profile("short", max_examples=50, deadline=None, database=None, derandomize=True)
 settings.register_profile("long", max_examples=2000, deadline=None, database=None)
 settings.load_profile("short")
