@@ -154,11 +154,11 @@ class LatentDiffusion:
             raise InputError(f"{told}; the model's schedule has {most} steps.")
         if "mu" in inspect.signature(scheduler.set_timesteps).parameters:
             return  # a flow's, which takes any number, and what the pipeline makes of the image's size
+        kind = type(scheduler).__name__
         options = {"strength": strength} if "original_inference_steps" in self._takes else {}
         try:
             scheduler.set_timesteps(num_inference_steps, **options)
         except (ValueError, IndexError) as error:
-            kind = type(scheduler).__name__
             raise InputError(f"{told}, which {kind} cannot make at `strength` {strength}: {error}") from error
         if hasattr(scheduler, "scale_noise"):
             return  # a flow's, which noises by it
@@ -166,7 +166,6 @@ class LatentDiffusion:
         try:
             scheduler.add_noise(one, one, scheduler.timesteps[-1:].cpu())
         except Exception as error:  # of all kinds, of those that generate alone, or go the other way
-            kind = type(scheduler).__name__
             raise InputError(f"`scheduler` is {kind!r}, which cannot start from a prototype; name another.") from error
 
     @contextmanager

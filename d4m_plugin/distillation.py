@@ -159,8 +159,9 @@ def check_classes(source: Source) -> None:
     """
     if len(source.classes) < 2:
         raise InputError(f"{source.name} has the one class {source.classes[0]!r}; there is nothing to tell apart.")
-    check_labels(source, source.train())
-    counts = torch.as_tensor(source.train().targets).bincount(minlength=len(source.classes))
+    images = source.train()
+    check_labels(source, images)
+    counts = torch.as_tensor(images.targets).bincount(minlength=len(source.classes))
     for label in (counts == 0).nonzero().flatten().tolist():
         raise InputError(f"class {source.classes[label]!r} of {source.name} (label {label}) has no training images.")
 

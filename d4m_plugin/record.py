@@ -1,9 +1,11 @@
 """What d4m.json tells of a distilled set, and how it is read: anyone may have written it."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from d4m_plugin.cache import written_whole
 from d4m_plugin.checking import content_of, read_json
 from d4m_plugin.errors import InputError
 from d4m_plugin.recipe import ResolvedRecipe
@@ -116,3 +118,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     if len(record["source"]["classes"]) < 2:
         raise InputError(f"{str(file)!r} is damaged or edited: source.classes has fewer than two.")
     return record
+
+
+def write_record(record: dict[str, Any], folder: Path) -> None:
+    """Put a Record in place of the d4m.json of a set's folder; readers see the one or the other."""
+    with written_whole(folder / "d4m.json") as path:
+        path.write_text(json.dumps(record, indent=2), encoding="utf-8")

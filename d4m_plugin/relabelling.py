@@ -1,8 +1,6 @@
 """Store a teacher's outputs with a distilled set, so that students learn from them without the teacher."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +14,7 @@ from d4m_plugin.distilled import DistilledDataset, checksums, features_of, shard
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import without_folders
 from d4m_plugin.progress import Progress
-from d4m_plugin.record import read_record
+from d4m_plugin.record import read_record, write_record
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import squares_of
@@ -62,7 +60,7 @@ def relabel(
 
     record = read_record(dataset.folder)
     record.pop("labels", None)
-    _write(record, dataset.folder)  # so that no teacher is named meanwhile
+    write_record(record, dataset.folder)  # so that no teacher is named meanwhile
     schema, start = features_of(dataset.classes, with_logits=True).arrow_schema, 0
     for shard in shards(dataset.folder):
         table = pq.read_table(shard)
@@ -74,14 +72,9 @@ def relabel(
         start += len(table)
     record["labels"] = {"teacher": without_folders(name_of(teacher)), "tried": tried}
     record["checksums"] = {name: sum_ for name, sum_ in checksums(dataset.folder).items() if name != "d4m.json"}
-    _write(record, dataset.folder)
+    write_record(record, dataset.folder)
     write_card(Path(dataset.root), dataset.folder.name, record)
     return DistilledDataset(folder, config_name)
-
-
-def _write(record: dict[str, Any], folder: Path) -> None:
-    with written_whole(folder / "d4m.json") as path:
-        path.write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def _logits(teacher: Teacher, dataset: DistilledDataset) -> Tensor:

@@ -1,7 +1,6 @@
 """`d4m evaluate`: is a distilled set any good? It ends with an answer, whatever the answer is."""
 
 import dataclasses
-import json
 import math
 import platform
 import warnings
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from d4m_plugin.assembling import VERSIONS
-from d4m_plugin.cache import make_writable, written_whole
+from d4m_plugin.cache import make_writable
 from d4m_plugin.card import write_card
 from d4m_plugin.checking import check_least
 from d4m_plugin.devices import default_device
@@ -30,7 +29,7 @@ from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
 from d4m_plugin.hub import without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.progress import is_first
-from d4m_plugin.record import ResultsRecord, read_record
+from d4m_plugin.record import ResultsRecord, read_record, write_record
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import Resize, read_image, squares_of
@@ -239,8 +238,7 @@ def _record(judged: JudgedSet, results: dict[str, Any]) -> None:
     told = {"results": {name: results[name] for name in ResultsRecord.__annotations__}}
     try:
         metadata = read_record(dataset.folder) | told  # as it is now, hours after it was read
-        with written_whole(dataset.folder / "d4m.json") as path:
-            path.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+        write_record(metadata, dataset.folder)
         write_card(Path(dataset.root), dataset.folder.name, metadata)
     except (OSError, InputError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
