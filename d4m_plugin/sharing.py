@@ -10,7 +10,8 @@ from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.hub import NotOnTheHub, Repository, find_repository, without_folders
 from d4m_plugin.recipe import MODELS, Recipe
-from d4m_plugin.sources import HuggingFace, LabelledImages, Source
+from d4m_plugin.sources import HuggingFace, Source
+from d4m_plugin.sources.base import IndexedImages
 from d4m_plugin.sources.names import match_classes
 
 LONGEST_LABEL = 9  # digits of a class that is a label's number
@@ -19,7 +20,7 @@ LONGEST_LABEL = 9  # digits of a class that is a label's number
 class OthersSet:
     """A set that another tool distilled, as images with the source's labels."""
 
-    def __init__(self, images: LabelledImages, label_of: list[int]) -> None:
+    def __init__(self, images: IndexedImages, label_of: list[int]) -> None:
         self.images = images
         self.targets = [label_of[label] for label in images.targets]
 

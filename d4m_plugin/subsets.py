@@ -1,5 +1,6 @@
 """Subsets of the real images: the baselines that a distilled set has to beat."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,6 +54,12 @@ class Chosen:
     def __init__(self, images: LabelledImages, indices: Tensor) -> None:
         self.images, self.indices = images, indices.numpy()
         self.targets = np.asarray(images.targets)[self.indices]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of which they are, and of what those of all are known by, where they are known."""
+        of_all = getattr(self.images, "fingerprint", "")
+        return hashlib.sha256(of_all.encode() + self.indices.astype(np.int64).tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.indices)

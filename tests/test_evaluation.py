@@ -26,16 +26,17 @@ from d4m_plugin.errors import InputWarning
 from d4m_plugin.evaluation import figures, runs
 from d4m_plugin.evaluation.arms import Arms, herded
 from d4m_plugin.evaluation.compare import compare
-from d4m_plugin.evaluation.evaluate import evaluate, results_of, steps_of
+from d4m_plugin.evaluation.evaluate import evaluate, results_of
 from d4m_plugin.evaluation.report import write_report
-from d4m_plugin.evaluation.runs import Protocol, Trainings, trained
+from d4m_plugin.evaluation.runs import Protocol, Trainings, steps_of, trained
 from d4m_plugin.evaluation.sets import open_set, ours
 from d4m_plugin.evaluation.sweep import _draw, setting_row, sweep
 from d4m_plugin.evaluation.verdict import dd_ranking, interval, sentences, table_of
+from d4m_plugin.models.classifier import ImageClassifier
 from d4m_plugin.relabelling import relabel
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources.images import to_pixels
-from d4m_plugin.subsets import random_subset
+from d4m_plugin.subsets import Chosen, random_subset
 from d4m_plugin.synthesis import synthesise
 from tests.toys import Squares
 
@@ -120,6 +121,13 @@ def test_the_bytes_of_a_set_are_those_of_its_files(arms, squares, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
     others = Arms(open_set(str(tmp_path / "set.pt"), squares), squares)
     assert others.bytes == 3 * (tmp_path / "black.png").stat().st_size
+
+
+def test_the_bytes_of_anothers_set_are_those_of_its_files(squares, folder_of_images):
+    folder, *_ = folder_of_images
+    with pytest.warns(InputWarning, match="numbers without names"):
+        judged = open_set(str(folder), squares)
+    assert Arms(judged, squares).bytes == sum(file.stat().st_size for file in folder.glob("*/*.png"))
 
 
 def test_equal_bytes_that_cannot_be_had_are_said_before_any_training(arms, monkeypatch):
@@ -260,11 +268,12 @@ def test_what_a_model_makes_is_kept_for_the_next_command(arms, tmp_path, monkeyp
     assert torch.equal(pixels_of(keeping(arms, tmp_path / "kept").images("reconstructed", 4)), other_draw)
 
 
-def test_images_that_were_kept_of_other_real_images_are_not_taken(arms, tmp_path):
-    keeping(arms, tmp_path / "kept").images("nearest", 0)
+@pytest.mark.parametrize(("arm", "files"), [("nearest", 2), ("decoded", 1), ("generated", 1)])
+def test_images_that_were_kept_of_other_real_images_are_not_taken_where_they_have_a_part(arms, tmp_path, arm, files):
+    keeping(arms, tmp_path / "kept").images(arm, 0)
     without = Arms(arms.judged, arms.source, arms.diffusion, torch.arange(3), tmp_path / "kept")
-    without.images("nearest", 0)
-    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
+    without.images(arm, 0)
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == files
 
 
 def test_kept_images_are_made_again_where_what_they_depend_on_changes_and_not_else(arms, judging, tmp_path):
@@ -390,30 +399,69 @@ def test_a_run_holds_what_its_accuracy_is_made_of(arms, squares, tmp_path):
     assert [step for step, _ in run["losses"]] == [1, 2, 3, 4]
 
 
+def test_batches_of_every_arm_are_alike_where_the_set_is_smaller_than_one(arms, tmp_path, monkeypatch):
+    seen = []
+    step = ImageClassifier.training_step
+    monkeypatch.setattr(
+        ImageClassifier, "training_step", lambda self, batch, at: seen.append(len(batch[1])) or step(self, batch, at)
+    )
+    trainings = Trainings(arms, protocol(arms=("real",), seeds=1, batch_size=100), tmp_path / "runs")
+    trained(trainings.of_seeds())
+    assert trainings.protocol.batch_size == 12 < len(arms.source.train())
+    assert seen == [12, 12, 12, 12, 12, 6]  # two steps of distilled, random and of the 18 real images
+
+
+def test_other_test_images_are_other_trainings(arms, tmp_path, monkeypatch):
+    def files():
+        trainings = Trainings(arms, protocol(), tmp_path / "runs")
+        return {training.file for training in trainings.of_seeds()}
+
+    tests, first = arms.source.test(), files()
+    assert files() == first
+    for order in (torch.arange(1, 12), torch.arange(11, -1, -1)):  # one less; as many, but others at each place
+        monkeypatch.setattr(arms.source, "test", lambda order=order: Chosen(tests, order))
+        assert files().isdisjoint(first)
+    monkeypatch.setattr(arms.source, "test", lambda: Relabelled(tests))
+    assert files().isdisjoint(first)
+
+
+class Relabelled:
+    """Images whose labels are not what they were."""
+
+    def __init__(self, images):
+        self.images, self.targets = images, np.asarray(images.targets)[::-1]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index][0], int(self.targets[index])
+
+
 def test_each_arm_gets_the_learning_rate_that_is_best_on_training_images_it_does_not_see(
     squares, tmp_path, monkeypatch
 ):
     dataset = distill(squares, Recipe(ipc=2, **CHEAP), output=tmp_path / "set")
     arms = Arms(ours(dataset, squares), squares, squares.diffusion)
-    named, train = Trainings._named_of_the_slice, D4MDataModule.train_dataloader
+    train = D4MDataModule.train_dataloader
     slices, seen = [], []
 
-    def spy(self, student, data):
-        _, labels = named(self, student, data)
-        slices.append({bytes(image) for image in pixels_of(self._slice).flatten(1).numpy()})
-        return (labels, labels) if student.lr == 2e-3 else ((labels + 1) % 3, labels)
+    def spy(trainer, student, datamodule):
+        images, labels = datamodule.held_test_set.tensors
+        slices.append({bytes(image) for image in images.flatten(1).numpy()})
+        return [labels if student.lr == 2e-3 else (labels + 1) % 3]
 
     def look(self):
         seen.append({bytes(image) for image in pixels_of(self.training_set).flatten(1).numpy()})
         return train(self)
 
-    monkeypatch.setattr(Trainings, "_named_of_the_slice", spy)
+    monkeypatch.setattr(L.Trainer, "predict", spy)
     monkeypatch.setattr(D4MDataModule, "train_dataloader", look)
     rates = (1e-3, 2e-3, 3e-3)
     options = {"learning_rates": rates, "arms": ("nearest", "real"), "seeds": 1}
     runs = results(arms, protocol(**options), tmp_path / "runs")
     assert {run["lr"] for run in runs} == {2e-3}
-    assert len(slices) == 12  # three rates for each of four arms
+    assert len(slices) == 12 + 4  # three rates for each of four arms; then the test images
     assert slices[0] <= {bytes(image) for image in pixels_of(squares.train()).flatten(1).numpy()}
     assert not any(slices[0] & training for training in seen[:12])
     assert len(seen[-1]) == len(squares.train())  # of the run that is tested, all
@@ -801,6 +849,7 @@ def test_a_file_of_tensors_is_a_set(squares, tmp_path):
         ((torch.zeros(2, 16, 16), torch.zeros(2)), r"whose images are of shape \(2, 16, 16\)"),
         ((torch.zeros(2, 3, 16, 16) - 1, torch.zeros(2)), r"whose images leave \[0, 1\]; undo the normalisation"),
         ((torch.zeros(2, 3, 16, 16), torch.tensor([0, 3])), r"whose labels leave \[0, 3\)"),
+        ((torch.zeros(1, 3, 16, 16), torch.tensor([0])), "which has one image"),
     ],
 )
 def test_a_file_of_anything_else_is_refused(squares, tmp_path, held, says):
@@ -883,12 +932,21 @@ def test_the_line_of_a_sweep_goes_from_least_to_most(tmp_path, monkeypatch):
     assert line.get_ydata().tolist() == [5.0, 25.0, 35.0]
 
 
+class Guessing(torch.nn.Module):
+    """A teacher that has learnt nothing."""
+
+    def forward(self, images):
+        return torch.zeros(len(images), 3)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"student": "resnt18"}, "`student` is 'resnt18'"),
         ({"teacher": "lst.ckpt"}, "`teacher` is 'lst.ckpt'"),
         ({"lr": 0.0}, "`lr` is 0.0"),
+        ({"ipc": 200}, "`ipc` is 200, but class 'red' has"),
+        ({"teacher": Guessing()}, "`teacher` names 33% of"),
     ],
 )
 def test_a_sweep_that_could_not_train_distils_nothing(squares, tmp_path, monkeypatch, options, says):

@@ -60,7 +60,7 @@ def results_of(classes, seeds=2, students=("convnet",)):
             "name": "toys-ipc-1",
             "source": "toys",
             "classes": list(classes),
-            "ipc": 1,
+            "ipc": [1, 1],
             "bytes": 4321,
             "image_size": 8,
             "fingerprint": "0",
@@ -149,6 +149,13 @@ def test_the_page_says_the_verdicts_first_in_words(tmp_path):
     assert "1,234: from 1 to" in text  # 1234.5, without an exponent
     assert "\N{MINUS SIGN}0.010: what the set gains" in text
     assert "Fréchet" not in text  # there is none
+
+
+def test_an_uneven_set_is_not_called_even(tmp_path):
+    results = results_of(("cat", "dog"))
+    assert write_report(results, tmp_path, {}).read_text().count("1 image a class") == 2
+    results["set"]["ipc"] = [0, 1234]
+    assert write_report(results, tmp_path, {}).read_text().count("0 to 1,234 images a class") == 2
 
 
 def test_several_students_have_a_row_and_a_verdict_each(tmp_path):

@@ -255,7 +255,7 @@ class D4MDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Real test images, resized and centre-cropped: nothing here chooses by them, the last epoch counts."""
-        return self._loader(self._held_test_set or Transformed(self.source.test(), self._square), SequentialSampler)
+        return self._loader(self.held_test_set or Transformed(self.source.test(), self._square), SequentialSampler)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -334,7 +334,8 @@ class D4MDataModule(L.LightningDataModule):
         return hold(images, size, self._square, whatever_size=self.train_on != "real")
 
     @cached_property
-    def _held_test_set(self) -> Held | None:
+    def held_test_set(self) -> Held | None:
+        """The test images in memory, as students see them; None where they are too many."""
         return hold(self.source.test(), self.image_size, self._square)
 
     @property

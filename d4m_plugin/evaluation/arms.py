@@ -1,5 +1,6 @@
 """What students are trained on: the distilled images, and what they have to beat with as many."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -51,13 +52,13 @@ Arm = Literal[
 ARMS: tuple[Arm, ...] = get_args(Arm)
 NEEDED: dict[str, set[Arm]] = {  # of Arms, by which arms
     "network": {"herding", "confident"},
-    "recipe": {"nearest", "decoded", "generated", "reconstructed"},
     "model": {"nearest", "decoded", "generated", "reconstructed"},
     "chooser": {"generated"},
     "prototypes": {"nearest", "decoded"},
 }
 
 
+@dataclasses.dataclass(eq=False)
 class Arms:
     """The images of each arm, as many of each class as the distilled set has, but for `equal_bytes` and `real`.
 
@@ -79,18 +80,13 @@ class Arms:
         cache_dir: as for D4MDataModule.
     """
 
-    def __init__(
-        self,
-        judged: JudgedSet,
-        source: Source,
-        diffusion: str | None = None,
-        left_out: Tensor | None = None,
-        kept: Path | None = None,
-        teacher: str = "auto",
-        cache_dir: Path | None = None,
-    ) -> None:
-        self.judged, self.source, self.diffusion, self.left_out, self.kept = judged, source, diffusion, left_out, kept
-        self.teacher, self.cache_dir = teacher, cache_dir
+    judged: JudgedSet
+    source: Source
+    diffusion: str | None = None
+    left_out: Tensor | None = None
+    kept: Path | None = None
+    teacher: str = "auto"
+    cache_dir: Path | None = None
 
     @cached_property
     def train(self) -> LabelledImages:
@@ -129,7 +125,7 @@ class Arms:
         """Return the images of an arm; those of `random`, `equal_bytes` and `reconstructed` depend on the seed."""
         if arm == "distilled":
             return self.judged.squares
-        if arm in NEEDED["recipe"] | NEEDED["network"]:
+        if arm in NEEDED["model"] | NEEDED["network"]:
             return Squares(self._made(arm, seed), self._labels())
         if arm == "real":
             return self._squared(self.train)
@@ -163,8 +159,9 @@ class Arms:
             return torch.cat([make() for make in parts.values()])
         judged = self.judged
         decides = [self.decided_by(arm), judged.image_size, judged.resize]
-        decides += [self.source.fingerprint, None if self.left_out is None else self.left_out.tolist()]
-        if arm in NEEDED["recipe"]:
+        if arm not in ("decoded", "generated"):  # which no real image has a part in
+            decides += [self.source.fingerprint, None if self.left_out is None else self.left_out.tolist()]
+        if arm in NEEDED["model"]:
             assert judged.dataset is not None  # or there were no model
             decides += [judged.dataset.metadata["recipe"], judged.dataset.metadata["model"]]
         key = digest([json.dumps(decides, sort_keys=True)])[:12]
@@ -181,8 +178,10 @@ class Arms:
 
     @cached_property
     def bytes(self) -> int:
-        """What the distilled set takes on disk, with labels and all; of another method's images, as PNG."""
+        """What the distilled set takes on disk, with labels and all; another's files; another's tensors, as PNG."""
         dataset = self.judged.dataset
+        if self.judged.stored is not None:
+            return self.judged.stored
         if dataset is None:
             return sum(len(png(image)) for image in self.judged.squares.pixels)
         return sum(path.stat().st_size for path in shards(dataset.folder))

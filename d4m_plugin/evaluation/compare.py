@@ -9,9 +9,9 @@ from d4m_plugin.cache import make_writable
 from d4m_plugin.card import accuracy
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arm, Arms
-from d4m_plugin.evaluation.evaluate import called, network_of, results_of, steps_of
+from d4m_plugin.evaluation.evaluate import network_of, results_of
 from d4m_plugin.evaluation.report import write_csv
-from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings, trained
+from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings, called, steps_of, trained
 from d4m_plugin.evaluation.sets import open_set
 from d4m_plugin.evaluation.verdict import points_of
 from d4m_plugin.progress import is_first
@@ -51,7 +51,7 @@ def compare(
         students: `convnet`, or torchvision classifiers such as resnet18.
         seeds: trainings of each kind.
         budget: steps of each training, as for `d4m evaluate`, the same for all: with `paper`, of the largest set.
-        batch_size: images a batch.
+        batch_size: images a batch; no more than a set has.
         learning_rates: of several, each arm gets the one that is best on a slice of real training images.
         lr_smoothing: as ImageClassifier takes it: of 1, the paper's, the schedule ends at zero; of 2, at half the rate.
         teacher: as TeacherMatching takes it, but one, and not `stored`.
@@ -92,7 +92,8 @@ def compare(
     network = network_of(features, protocol, source, sets[0], cache_dir)
     arms_of_sets = [Arms(each, source, diffusion, None, output / "arms", teacher, cache_dir) for each in sets]
     options = (protocol, output / "runs", compile, num_workers)
-    trainings = [Trainings(each, *options).of_seeds() for each in arms_of_sets]
+    of_sets = [Trainings(each, *options) for each in arms_of_sets]  # all are checked before one is trained on
+    trainings = [each.of_seeds() for each in of_sets]
     runs = trained(list(itertools.chain(*trainings)))
     if not is_first():
         return {}
@@ -101,7 +102,7 @@ def compare(
         of_set, runs = runs[: len(trainings[number])], runs[len(trainings[number]) :]
         folder = output / f"{number + 1}-{each.name}"
         folder.mkdir(exist_ok=True)
-        results = results_of(arms_of_set, protocol, of_set, features, network, folder)
+        results = results_of(arms_of_set, of_sets[number].protocol, of_set, features, network, folder)
         rows += _rows(f"{number + 1} {each.name}", results["table"])
     write_csv(output / "comparison.csv", rows)
     return {f"{row['set']}, {row['student']}, {row['labels']}": _shown(row) for row in rows} | {

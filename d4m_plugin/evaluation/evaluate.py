@@ -1,7 +1,6 @@
 """`d4m evaluate`: is a distilled set any good? It ends with an answer, whatever the answer is."""
 
 import dataclasses
-import math
 import platform
 import warnings
 from collections.abc import Sequence
@@ -16,14 +15,13 @@ from torch import Tensor, nn
 from d4m_plugin.assembling import VERSIONS
 from d4m_plugin.cache import make_writable
 from d4m_plugin.card import write_card
-from d4m_plugin.checking import check_least
 from d4m_plugin.devices import default_device
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.evaluation.arms import Arm, Arms
 from d4m_plugin.evaluation.figures import Features
 from d4m_plugin.evaluation.pictures import features_of, judge, open_network, side_by_side
 from d4m_plugin.evaluation.report import write_report
-from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings, trained
+from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings, called, steps_of, trained
 from d4m_plugin.evaluation.sets import JudgedSet, open_set
 from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
 from d4m_plugin.hub import without_folders
@@ -36,8 +34,6 @@ from d4m_plugin.sources.images import Resize, read_image, squares_of
 from d4m_plugin.subsets import at_most
 from d4m_plugin.teachers import load_teacher
 
-QUICK = 500  # steps
-PAPER = 500  # passes over the distilled set
 REAL_SAMPLE = 5000  # real training images that the pictures are compared with
 
 
@@ -82,7 +78,7 @@ def evaluate(
         students: `convnet`, or torchvision classifiers such as resnet18.
         seeds: trainings of each kind, from which the 95 % intervals come.
         budget: steps of each training: `quick` (500), `paper` (500 passes over the distilled set), or their number.
-        batch_size: images a batch.
+        batch_size: images a batch; no more than the set has.
         learning_rates: of several, each arm gets the one that is best on a slice of real training images.
         lr_smoothing: as ImageClassifier takes it: of 1, the paper's, the schedule ends at zero; of 2, at half the rate.
         teacher: as TeacherMatching takes it, but one, and not `stored`.
@@ -118,10 +114,11 @@ def evaluate(
     make_writable(folder, "output")
     network = network_of(features, protocol, source, judged, cache_dir)
     arms_of_set = Arms(judged, source, diffusion, kept=folder / "arms", teacher=teacher, cache_dir=cache_dir)
-    runs = trained(Trainings(arms_of_set, protocol, folder / "runs", compile, num_workers).of_seeds())
+    trainings = Trainings(arms_of_set, protocol, folder / "runs", compile, num_workers)
+    runs = trained(trainings.of_seeds())
     if not is_first():
         return {}
-    results = results_of(arms_of_set, protocol, runs, features, network, folder)
+    results = results_of(arms_of_set, trainings.protocol, runs, features, network, folder)
     _record(judged, results)
     caution = {"caution": judged.caution} if judged.caution else {}
     verdicts = {f"verdict {n + 1}": sentence for n, sentence in enumerate(results["verdicts"])}
@@ -146,7 +143,7 @@ def results_of(
             "name": judged.name,
             "source": source.name,
             "classes": list(source.classes),
-            "ipc": judged.ipc,
+            "ipc": [min(judged.counts), judged.ipc],
             "bytes": arms.bytes,
             "image_size": judged.image_size,
             "fingerprint": judged.fingerprint,
@@ -201,27 +198,6 @@ def network_of(
     network.to(default_device()).eval()
     features_of(network, judged.squares.pixels[:1])  # before the long work
     return network
-
-
-def called(teacher: str, source: Source) -> str:
-    """Return what the report calls a teacher: `auto` by the name of the source's own, where it has one."""
-    return source.teacher or teacher if teacher == "auto" else teacher
-
-
-def steps_of(budget: str | int, images: int, batch_size: int) -> int:
-    """Return the steps of a training on so many images in batches of a size.
-
-    Raises:
-        InputError: where the budget is neither `quick`, `paper` nor a number, or a batch holds nothing.
-    """
-    check_least(1, batch_size=batch_size)
-    if budget == "quick":
-        return QUICK
-    if budget == "paper":
-        return PAPER * math.ceil(images / batch_size)
-    if not str(budget).isdecimal() or int(budget) < 1:
-        raise InputError(f"`budget` is {budget!r}; use quick, paper, or a number of steps.")
-    return int(budget)
 
 
 def _sample(source: Source, size: int, resize: Resize) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
@@ -23,9 +24,10 @@ from d4m_plugin.synthesis import of_one_colour
 from d4m_plugin.teachers import PRETRAINED, name_of, open_pretrained
 
 NEIGHBOURS = 5  # real ones in the ball around a real image; the authors' choice
+BATCH = 100  # images that the network takes at once
+SHOWN = 20  # pairs of a distilled image and the real one nearest to it
 SUBSET = 100  # features of each side in one estimate of the kernel distance
 MOST_FEATURES = 4096  # of which the Fréchet distance is computed: half a minute on two cores
-HELD = 2**24  # distances in memory at once: 128 MB
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,6 @@ def judge(
     made_labels: Tensor | None,
     real: Tensor,
     real_labels: Tensor | None,
-    seed: int = 0,
 ) -> PictureFigures:
     """Return the figures of distilled images.
 
@@ -87,7 +88,6 @@ def judge(
         made_labels: their labels, int64, shape (N,); None where they are not among the network's classes.
         real: real training images, uint8, shape (M, 3, H, W).
         real_labels: their labels, int64, shape (M,); or None.
-        seed: decides the subsets of the kernel distance.
 
     Raises:
         InputError: where there are fewer than two images of either, or the network has no features.
@@ -104,7 +104,7 @@ def judge(
     return PictureFigures(
         network=name,
         frechet_distance=frechet_distance(made_features, real_features) if wide <= MOST_FEATURES else None,
-        kernel_distance=kernel_distance(made_features, real_features, seed),
+        kernel_distance=kernel_distance(made_features, real_features),
         inception_score=inception_score(made_logits),
         agreement=None if made_labels is None else agreement(made_logits, made_labels),
         real_agreement=None if real_labels is None else agreement(real_logits, real_labels),
@@ -118,7 +118,7 @@ def judge(
     )
 
 
-def features_of(network: nn.Module, images: Tensor, batch_size: int = 100) -> tuple[Tensor, Tensor]:
+def features_of(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return features and logits of images.
 
     The features are what enters the last linear layer that is run.
@@ -126,7 +126,6 @@ def features_of(network: nn.Module, images: Tensor, batch_size: int = 100) -> tu
     Args:
         network: a classifier in evaluation mode of images in [0, 1]; on any device.
         images: uint8, shape (N, 3, H, W).
-        batch_size: images that the network takes at once.
 
     Returns:
         The features, float32, shape (N, D), and the logits, float32, shape (N, C), on the CPU.
@@ -140,7 +139,7 @@ def features_of(network: nn.Module, images: Tensor, batch_size: int = 100) -> tu
     device = next(network.parameters(), images).device
     features, logits = [], []
     try:
-        for batch in images.split(batch_size):
+        for batch in images.split(BATCH):
             with torch.inference_mode():
                 output = network(batch.to(device) / 255)
             if not last:
@@ -215,10 +214,10 @@ class _Given(nn.Identity):
 
 
 @contextmanager
-def _apart(seed: int) -> Iterator[None]:
+def _apart() -> Iterator[None]:
     """Keep what torchmetrics draws and warns of from the rest of the program."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerator too
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the accelerator too
         yield
 
 
@@ -230,13 +229,13 @@ def frechet_distance(made: Tensor, real: Tensor) -> float:
     return float(metric.compute())
 
 
-def kernel_distance(made: Tensor, real: Tensor, seed: int = 0) -> float:
+def kernel_distance(made: Tensor, real: Tensor) -> float:
     """Return the kernel distance (KID) of features, float, shapes (N, D) and (M, D).
 
     The unbiased estimate with the cubic kernel, the mean of 100 subsets of 100 features of each, or of as many as there
     are of the fewer.
     """
-    with _apart(seed):
+    with _apart():
         metric = KernelInceptionDistance(_Given(made.shape[1]), subset_size=min(SUBSET, len(made), len(real)))
         metric.update(made.double(), real=False)
         metric.update(real.double(), real=True)
@@ -248,15 +247,13 @@ def inception_score(logits: Tensor) -> float:
 
     Splits, of which the score is the mean elsewhere, would hold too few images of a distilled set.
     """
-    with _apart(0):
+    with _apart():
         metric = InceptionScore(_Given(logits.shape[1]), splits=1)
         metric.update(logits.double())  # a float32 probability that underflows would make it NaN
         return float(metric.compute()[0])
 
 
-def neighbours(
-    points: Tensor, others: Tensor, count: int = 1, same: bool = False, held: int = HELD
-) -> tuple[Tensor, Tensor]:
+def neighbours(points: Tensor, others: Tensor, count: int = 1, same: bool = False) -> tuple[Tensor, Tensor]:
     """Return the distances to the nearest of other points, and their indices, the nearest first.
 
     Args:
@@ -264,21 +261,13 @@ def neighbours(
         others: float64, shape (M, D), M >= count.
         count: how many.
         same: the others are the points, of which none is its own neighbour; then M > count.
-        held: distances that are in memory at once, though never fewer than of one point.
 
     Returns:
         The distances, float64, and the indices, int64, both of shape (N, count).
     """
-    distances, indices = [], []
-    rows = max(1, held // len(others))
-    for start in range(0, len(points), rows):
-        between = torch.cdist(points[start : start + rows], others)
-        if same:
-            between.diagonal(start).fill_(torch.inf)
-        nearest = between.topk(count, largest=False)
-        distances.append(nearest.values)
-        indices.append(nearest.indices)
-    return torch.cat(distances), torch.cat(indices)
+    search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(others.numpy())
+    distances, indices = search.kneighbors(None if same else points.numpy())
+    return torch.from_numpy(distances), torch.from_numpy(indices)
 
 
 def near_copies(distances: Tensor, own: Tensor) -> int:
@@ -312,7 +301,7 @@ def agreement(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(1) == labels).double().mean())
 
 
-def side_by_side(made: Tensor, real: Tensor, nearest: Tensor, distances: Tensor, count: int = 20) -> Image.Image:
+def side_by_side(made: Tensor, real: Tensor, nearest: Tensor, distances: Tensor) -> Image.Image:
     """Return a picture of the distilled images that are nearest to a real one, each left of it, with the distance.
 
     Args:
@@ -320,8 +309,7 @@ def side_by_side(made: Tensor, real: Tensor, nearest: Tensor, distances: Tensor,
         real: the real ones, uint8, shape (M, 3, H, H).
         nearest: index of the real image nearest to each distilled one, int64, shape (N,).
         distances: how far that is, shape (N,).
-        count: how many are shown, at most 50.
     """
-    first = distances.argsort(stable=True)[:count]
+    first = distances.argsort(stable=True)[:SHOWN]
     pairs = torch.stack([made[first], real[nearest[first]]], 1)
     return grid(list(pairs), [f"{distance:.3f}" for distance in distances[first].tolist()])

@@ -60,7 +60,7 @@ PAGE = """<!doctype html>
 WHAT_ARMS_ARE = {
     "distilled": "the set",
     "random": "as many real images a class, drawn anew for each seed",
-    "equal_bytes": "as many random real images as take the bytes of the set on disk, drawn anew for each seed",
+    "equal_bytes": "as many random real images as take the bytes of the set, drawn anew for each seed",
     "herding": "real images that have together, under the teacher, the mean of their class",
     "confident": "the real images that the teacher is surest of",
     "nearest": "the real images nearest to the prototypes",
@@ -90,9 +90,9 @@ WHAT_FIGURES_SAY = {
 SHARES = ("agreement", "real_agreement", "coverage")  # told in percent
 
 SCORES = {
-    "HLR": "what hard labels lose against all real images; less is better",
+    "HLR": "what hard labels lose against all real images in as many steps; less is better",
     "IOR": "what the set gains on random real images, by the teacher's labels; more is better",
-    "LRS": "both in one, from 0 to 1; more is better",
+    "LRS": "both in one, from 0 to 1; more is better; published scores are of longer trainings on all real images",
 }
 
 
@@ -127,8 +127,8 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _page(results: dict[str, Any], drawn: Mapping[str, Image.Image], pictures: dict[str, Image.Image]) -> str:
     judged, protocol = results["set"], results["protocol"]
     title = html.escape(f"{judged['name']}: is it better than random real images?")
-    size = f"{counted(judged['ipc'])} a class of {len(judged['classes'])} classes, {judged['image_size']} pixels, "
-    size += f"{judged['bytes']:,} bytes with the labels"
+    size = f"{_a_class(judged)} of {len(judged['classes'])} classes, {judged['image_size']} pixels, "
+    size += f"{judged['bytes']:,} bytes"
     parts = [
         f"<h1>{title}</h1>",
         f"<p>A distilled set of {html.escape(judged['source'])}: {size}.</p>",
@@ -233,7 +233,7 @@ def _alike(judged: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
     unlike = {"equal_bytes": "as many as fit", "real": "all"}
     others = "".join(f" ({arm}: {count})" for arm, count in unlike.items() if arm in protocol["arms"])
     return {
-        "images": f"{judged['ipc']} a class{others}, {edge} by {edge} pixels",
+        "images": f"{_a_class(judged)}{others}, {edge} by {edge} pixels",
         "students": ", ".join(protocol["students"]),
         "steps": f"{protocol['steps']:,} of {protocol['batch_size']} images; the last one counts",
         "seeds": f"{protocol['seeds']}, of the student's weights, the batches and the random images",
@@ -241,6 +241,11 @@ def _alike(judged: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
         "teacher": protocol["teacher"],
         "augmentation": "random crops, flips where the source allows them; with the teacher's labels, CutMix too",
     }
+
+
+def _a_class(judged: dict[str, Any]) -> str:
+    least, most = judged["ipc"]
+    return f"{counted(most)} a class" if least == most else f"{least:,} to {counted(most)} a class"
 
 
 def _command(protocol: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
@@ -16,27 +17,32 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.callbacks import TeacherMatching
 from d4m_plugin.checking import check_least
 from d4m_plugin.datamodules import D4MDataModule
-from d4m_plugin.devices import autocast, compute_dtype, default_device
+from d4m_plugin.devices import default_device
 from d4m_plugin.diffusion import digest
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import ARMS, Arm, Arms
+from d4m_plugin.loading import Held
 from d4m_plugin.models.classifier import ImageClassifier
 from d4m_plugin.models.students import create_student
 from d4m_plugin.one_process import fit, own_trainer
 from d4m_plugin.progress import Progress
 from d4m_plugin.screening import check_images, test_fingerprint
 from d4m_plugin.seeding import seed_of
+from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.subsets import Chosen, at_most
 from d4m_plugin.teachers import teacher_digest
 from d4m_plugin.units import Units, load_json, save_json
 
 Labels = Literal["teacher", "hard"]
+QUICK = 500  # steps
+PAPER = 500  # passes over the distilled set
 CURVE = 50  # points of a training curve
 SLICE = 1000  # real training images, of all classes together, by which a learning rate is chosen
 MOST_CLASSES = 100  # whose confusion is kept
@@ -52,7 +58,7 @@ class Protocol:
         students: `convnet`, or torchvision classifiers such as resnet18.
         seeds: trainings of each kind. A seed decides the student's weights, the batches, and the draw of random images.
         steps: updates of each training.
-        batch_size: images a batch.
+        batch_size: images a batch; no more than the distilled set has.
         learning_rates: of several, each arm gets the one that does best, at the first seed, on a slice of real training
             images that no arm trains on meanwhile; never on the test images.
         lr_smoothing: as ImageClassifier takes it.
@@ -85,6 +91,27 @@ class Protocol:
             raise InputError(f"`learning_rates` has {wrong[0]}; they must be above 0.")
         always: tuple[Arm, ...] = ("distilled", "random")
         object.__setattr__(self, "arms", tuple(dict.fromkeys([*always, *self.arms])))
+
+
+def called(teacher: str, source: Source) -> str:
+    """Return what the report calls a teacher: `auto` by the name of the source's own, where it has one."""
+    return source.teacher or teacher if teacher == "auto" else teacher
+
+
+def steps_of(budget: str | int, images: int, batch_size: int) -> int:
+    """Return the steps of a training on so many images in batches of a size.
+
+    Raises:
+        InputError: where the budget is neither `quick`, `paper` nor a number, or a batch holds nothing.
+    """
+    check_least(1, batch_size=batch_size)
+    if budget == "quick":
+        return QUICK
+    if budget == "paper":
+        return PAPER * math.ceil(images / batch_size)
+    if not str(budget).isdecimal() or int(budget) < 1:
+        raise InputError(f"`budget` is {budget!r}; use quick, paper, or a number of steps.")
+    return int(budget)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,9 +172,10 @@ class Trainings:
     def __init__(
         self, arms: Arms, protocol: Protocol, folder: Path, compile: bool = False, num_workers: int = 0
     ) -> None:
-        self.arms, self.protocol, self.folder = arms, protocol, folder
+        judged, source, test = arms.judged, arms.source, arms.source.test()
+        batch_size = min(protocol.batch_size, len(judged.squares))  # of all arms alike, also those of more images
+        self.arms, self.protocol, self.folder = arms, dataclasses.replace(protocol, batch_size=batch_size), folder
         self.compile, self.num_workers = compile, num_workers
-        judged, source = arms.judged, arms.source
         cache = resolve_cache_dir(arms.cache_dir)
         check_images(source, source.train(), "training images", source.fingerprint, cache, num_workers)
         arms.check(protocol.arms)
@@ -160,10 +188,12 @@ class Trainings:
             )
         self._teacher = teacher_digest(protocol.teacher)
         self._decides = {
-            "source": [source.fingerprint, test_fingerprint(source, source.test()), list(source.classes)],
+            "made with": [version("d4m-plugin"), version("torch"), default_device().type],
+            "source": [source.fingerprint, list(source.classes)],
+            "tested on": [test_fingerprint(source, test), digest([repr(np.asarray(test.targets).tolist())])],
             "seen": [source.mean, source.std, source.flip, judged.image_size, judged.resize],
             "steps": protocol.steps,
-            "batch_size": protocol.batch_size,
+            "batch_size": self.protocol.batch_size,
             "lr_smoothing": protocol.lr_smoothing,
         }
 
@@ -230,20 +260,17 @@ class Trainings:
         weights = student.state_dict().values()
         if curve.points[-1][1] is None or not all(bool(each.isfinite().all()) for each in weights):
             return {"accuracy": None, "accuracies": None, "confusion": None, "losses": curve.points}
+        tests = self._slice if run.choosing else self.arms.source.test()
+        labels = torch.as_tensor(tests.targets, dtype=torch.int64)
         if run.choosing:
-            named, labels = self._named_of_the_slice(student, data)
-        else:
-            named = torch.cat(trainer.predict(student, datamodule=data))  # type: ignore[arg-type]  # typed for any output
-            labels = torch.as_tensor(self.arms.source.test().targets, dtype=torch.int64)
-        classes = data.num_classes
-        there, right = labels.bincount(minlength=classes), labels[named == labels].bincount(minlength=classes)
-        confusion = (labels * classes + named).bincount(minlength=classes**2)
+            data.held_test_set = Held(self._slice_squares, labels)
+        named = torch.cat(trainer.predict(student, datamodule=data))  # type: ignore[arg-type]  # typed for any output
+        confusion = multiclass_confusion_matrix(named, labels, data.num_classes)
+        right, there = confusion.diagonal().tolist(), confusion.sum(1).tolist()
         return {
-            "accuracy": int(right.sum()) / len(labels),
-            "accuracies": [
-                round(n / of, 4) if of else None for n, of in zip(right.tolist(), there.tolist(), strict=True)
-            ],
-            "confusion": confusion.view(classes, -1).tolist() if classes <= MOST_CLASSES else None,
+            "accuracy": sum(right) / len(labels),
+            "accuracies": [round(n / of, 4) if of else None for n, of in zip(right, there, strict=True)],
+            "confusion": confusion.tolist() if data.num_classes <= MOST_CLASSES else None,
             "losses": curve.points,
         }
 
@@ -268,20 +295,7 @@ class Trainings:
 
     @cached_property
     def _arms_beside_the_slice(self) -> Arms:
-        left_out = torch.from_numpy(self._slice.indices)
-        arms = self.arms
-        return Arms(arms.judged, arms.source, arms.diffusion, left_out, arms.kept, arms.teacher, arms.cache_dir)
-
-    @torch.inference_mode()
-    def _named_of_the_slice(self, student: ImageClassifier, data: D4MDataModule) -> tuple[Tensor, Tensor]:
-        device = default_device()
-        student.to(device).eval()
-        with autocast(device, compute_dtype(device)):
-            named = [
-                student(data.normalised(batch.to(device))).argmax(1)
-                for batch in self._slice_squares.split(self.protocol.batch_size)
-            ]
-        return torch.cat(named).cpu(), torch.as_tensor(self._slice.targets, dtype=torch.int64)
+        return dataclasses.replace(self.arms, left_out=torch.from_numpy(self._slice.indices))
 
 
 @dataclasses.dataclass(frozen=True)

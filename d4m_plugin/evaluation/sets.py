@@ -1,10 +1,10 @@
 """The set that is judged: one of ours, or images that any other method distilled."""
 
+import dataclasses
 import hashlib
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Squares:
         return to_pil(self.pixels[index]), self.targets[index]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class JudgedSet:
     """A distilled set.
 
@@ -52,21 +52,26 @@ class JudgedSet:
         name: what the report calls it.
         squares: its images and labels, those of the source's classes.
         counts: images of each class.
-        image_size: edge in pixels of what students see.
         resize: how real images that are not square become so.
         fingerprint: a hash of the images and labels.
         dataset: itself, where it is one of ours.
         caution: what to know before a verdict on it; mostly nothing.
+        stored: the bytes of its images on disk, where they are another's files.
     """
 
     name: str
     squares: Squares
     counts: list[int]
-    image_size: int
     resize: Resize
     fingerprint: str
     dataset: DistilledDataset | None = None
     caution: str = ""
+    stored: int | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Edge in pixels of what students see."""
+        return self.squares.pixels.shape[-1]
 
     @property
     def ipc(self) -> int:
@@ -127,7 +132,7 @@ def ours(dataset: DistilledDataset, source: Source) -> JudgedSet:
         warnings.warn(caution, InputWarning, stacklevel=2)
     name = f"{dataset.metadata['source']['name']}-{dataset.folder.name}"
     squares = Squares(dataset.images, dataset.targets)
-    return _judged(name, squares, source, dataset.recipe["image_size"], dataset.recipe["resize"], dataset, caution)
+    return _judged(name, squares, source, dataset.recipe["resize"], dataset, caution)
 
 
 def _of_a_file(path: Path, source: Source) -> JudgedSet:
@@ -157,20 +162,22 @@ def _of_a_file(path: Path, source: Source) -> JudgedSet:
 
 
 def _others(name: str, images: LabelledImages, source: Source) -> JudgedSet:
-    size = source.image_size
-    pixels = squares_of(images, size)
-    return _judged(name, Squares(pixels, images.targets), source, size, "crop")
+    judged = _judged(name, Squares(squares_of(images, source.image_size), images.targets), source, "crop")
+    if isinstance(images, OthersSet):
+        return dataclasses.replace(judged, stored=sum(images.images.stored_bytes()))
+    return judged
 
 
 def _judged(
     name: str,
     squares: Squares,
     source: Source,
-    image_size: int,
     resize: Resize,
     dataset: DistilledDataset | None = None,
     caution: str = "",
 ) -> JudgedSet:
+    if len(squares) < 2:
+        raise InputError(f"`distilled_set` is {name!r}, which has one image; a set of a source has two at the least.")
     digest = hashlib.sha256(str(squares.targets).encode())
     digest.update(squares.pixels.contiguous().numpy().data)
     name = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "set"  # a stranger's, which will be a folder's
@@ -178,7 +185,6 @@ def _judged(
         name=name[:LONGEST_NAME],
         squares=squares,
         counts=torch.tensor(squares.targets).bincount(minlength=len(source.classes)).tolist(),
-        image_size=image_size,
         resize=resize,
         fingerprint=digest.hexdigest()[:12],
         dataset=dataset,

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from d4m_plugin.cache import make_writable
 from d4m_plugin.checking import check_least
+from d4m_plugin.devices import default_device
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arms
-from d4m_plugin.evaluation.evaluate import steps_of
 from d4m_plugin.evaluation.figures import new_figure
 from d4m_plugin.evaluation.report import write_csv
-from d4m_plugin.evaluation.runs import Labels, Protocol, Training, Trainings, trained
+from d4m_plugin.evaluation.runs import Labels, Protocol, Training, Trainings, called, steps_of, trained
 from d4m_plugin.evaluation.sets import ours
 from d4m_plugin.evaluation.verdict import gain_of, interval, points_of
 from d4m_plugin.models.students import create_student
@@ -29,7 +29,8 @@ from d4m_plugin.progress import is_first
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
-from d4m_plugin.teachers import load_teacher
+from d4m_plugin.subsets import random_subset
+from d4m_plugin.teachers import tried_teacher
 
 Setting = dict[str, Any]  # the options that differ, by name
 SHOWN = 10  # images of a setting, in the picture
@@ -99,6 +100,7 @@ def sweep(
     if not lr > 0:
         raise InputError(f"`lr` is {lr}; it must be above 0.")
     source = readable_source(source, skip_bad_images, cache_dir, num_workers)
+    teacher = called(teacher, source)
     given: dict[str, Sequence[Any]] = {
         "strength": strength,
         "guidance_scale": guidance_scale,
@@ -134,7 +136,8 @@ def sweep(
     make_writable(output.resolve(), "output")
     create_student(student, len(source.classes), recipes[0].resolved(source).image_size)  # whether it can be made
     if "teacher" in labels:
-        load_teacher(teacher, source, cache_dir)  # likewise
+        tried_teacher(teacher, source, cache_dir, default_device())
+    random_subset(source, ipc, seed=0)  # whether there are as many
     samples: list[Tensor] = []
     accuracies: dict[tuple[int, Labels], list[float]] = {}
     of_random: dict[Labels, list[float]] = {}

@@ -127,11 +127,11 @@ class IndexedSource(Source):
         """A hash of the training labels, and of the images' names, sizes or last bytes: not all is read."""
         return self._train.fingerprint
 
-    def train(self) -> LabelledImages:
+    def train(self) -> IndexedImages:
         """Return the training images."""
         return self._train
 
-    def test(self) -> LabelledImages:
+    def test(self) -> IndexedImages:
         """Return the images that accuracies are measured on."""
         return self._test
 
