@@ -48,6 +48,8 @@ def to_the_user(run: Callable[[], None]) -> None:
             fail(str(error))
         if type(error).__name__ == "UnpicklingError":  # torch's, of what Lightning gives it
             fail("the checkpoint is damaged, or holds more than tensors: it is not read, since that could run code.")
+        if str(error).startswith("Error(s) in loading state_dict"):
+            fail("`ckpt_path` names a checkpoint of another model, or of another number of classes or image size.")
         if refusal := refusal_of(error):
             fail(refusal)
         cause = _input_error(error)

@@ -30,6 +30,7 @@ from d4m_plugin.hub import TRANSFORMERS
 from d4m_plugin.models.classifier import ImageClassifier
 
 DEFAULT_STEPS = 500
+LOG_EVERY = 20  # steps
 OFFERED = ("num_classes", "image_size")  # what a model learns of the data, where it takes it
 
 # Warnings that our defaults cause, or Lightning 2.6 beside torch 2.14: nothing that a user could act on.
@@ -53,7 +54,7 @@ class D4MCLI(LightningCLI):
         for message in BESIDE_THE_POINT:
             warnings.filterwarnings("ignore", message)
         super().__init__(
-            trainer_defaults={"precision": trainer_precision(), "log_every_n_steps": 20},
+            trainer_defaults={"precision": trainer_precision(), "log_every_n_steps": LOG_EVERY},
             seed_everything_default=0,
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
@@ -83,9 +84,15 @@ class D4MCLI(LightningCLI):
         callbacks = options["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        if self.subcommand == "fit" and options["enable_progress_bar"] is not False and not has_bar:
+        wants_bar = options["enable_progress_bar"] is not False and not options["barebones"]
+        if self.subcommand == "fit" and wants_bar and not has_bar:
             kwargs["callbacks"] = [*callbacks, RunProgress()]
-        return super().instantiate_trainer(**kwargs)
+        if options["barebones"] and options["log_every_n_steps"] == LOG_EVERY:
+            kwargs["log_every_n_steps"] = None  # it logs nothing, and refuses our default
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     def instantiate_classes(self) -> None:
         """Leave out of a module's saved hyperparameters what we offered and it does not take.
@@ -103,9 +110,9 @@ class D4MCLI(LightningCLI):
         keys = isinstance(self.datamodule, D4MDataModule) and self.datamodule.batch_keys
         if keys and type(self.model) is ImageClassifier:
             raise InputError(f"`batch_keys` is {keys}, but an ImageClassifier takes batches as tuples; leave it out.")
-        named = self._get(self.config_init, "ckpt_path")
-        path = str(named or "")
-        if path.endswith(".ckpt") and "://" not in path and not Path(path).expanduser().is_file():
+        path = str(self._get(self.config_init, "ckpt_path") or "")
+        found_by_lightning = path in ("", "last", "hpc") or path.startswith("registry") or "://" in path
+        if not found_by_lightning and not Path(path).expanduser().exists():
             raise InputError(f"`ckpt_path` is {path!r}, and there is no such file.")
 
     def before_test(self) -> None:
@@ -211,11 +218,18 @@ class D4MCLI(LightningCLI):
         if self.trainer.world_size > 1:
             raise InputError(f"`devices` makes {self.trainer.world_size} processes; predict writes one file: use 1.")
         predicted: Any = self.trainer.predict(**kwargs)
-        are_labels = predicted and all(isinstance(batch, Tensor) and batch.ndim == 1 for batch in predicted)
-        if not are_labels or not isinstance(self.datamodule, D4MDataModule):
+        if not predicted or not isinstance(self.datamodule, D4MDataModule):
             return
-        path = Path(self.trainer.log_dir or ".") / "predictions.csv"
-        names, labels = self.datamodule.source.classes, torch.cat(predicted).tolist()
+        names = self.datamodule.source.classes
+        shapes = {batch.shape[1:] if isinstance(batch, Tensor) else None for batch in predicted}
+        if shapes == {(len(names),)}:
+            predicted = [logits.argmax(1) for logits in predicted]
+        elif shapes != {()}:
+            raise InputError(
+                f"the `predict_step` of {type(self.model).__name__} returns neither a label nor {len(names)} logits of "
+                "each image, so that no predictions.csv is written; give it one that does."
+            )
+        path, labels = Path(self.trainer.log_dir or ".") / "predictions.csv", torch.cat(predicted).tolist()
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("index", "label", "class"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ CHANCE_SAMPLE = 256  # real images that a teacher is tried on
 CHANCE_BATCH = 32
 SMALL_SOURCE = 50_000  # images of at most SMALL_IMAGE pixels: a teacher is trained in minutes
 MISSING_LISTED = 10  # names
+PROBE = 224  # edge in pixels of images that show what a processor does
 
 
 class Student(TypedDict):
@@ -56,12 +58,15 @@ class Teacher(nn.Module):
 
     Attributes:
         classes: the class names in the order of its logits.
+        known: those of its model, in the order of the model's logits.
         image_size: edge in pixels of its input.
         mean, std: what its input is normalised by, in [0, 1], by channel.
+        order: which of the model's logits are those of `classes`, int64.
     """
 
     mean: Tensor
     std: Tensor
+    order: Tensor
 
     def __init__(
         self,
@@ -70,10 +75,14 @@ class Teacher(nn.Module):
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.classes, self.image_size = list(classes), image_size
+        self.known, self.image_size = list(classes), image_size
+        order = range(len(self.known)) if order is None else order
+        self.classes = [self.known[label] for label in order]
+        self.register_buffer("order", torch.tensor(order), persistent=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -92,17 +101,22 @@ class Teacher(nn.Module):
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
         with autocast(images.device, compute_dtype(images.device)):
             output = self.model((images - self.mean) / self.std)
-        logits = logits_in(output, (len(images), len(self.classes)))
+        logits = logits_in(output, (len(images), len(self.known)))
         if logits is None:
-            raise InputError(f"`teacher` returns no logits of {len(self.classes)} classes.")
-        return logits.float()
+            raise InputError(f"`teacher` returns no logits of {len(self.known)} classes.")
+        return logits.float()[:, self.order]
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in evaluation mode, whatever trains around it."""
         return super().train(False)
 
 
-def load_teacher(teacher: str | Path | nn.Module, source: Source, cache_dir: str | Path | None = None) -> Teacher:
+def load_teacher(
+    teacher: str | Path | nn.Module,
+    source: Source,
+    cache_dir: str | Path | None = None,
+    image_size: int | None = None,
+) -> Teacher:
     """Return a teacher whose logits are in the order of the source's classes.
 
     Args:
@@ -112,6 +126,7 @@ def load_teacher(teacher: str | Path | nn.Module, source: Source, cache_dir: str
             by `save_teacher`; a Teacher; or another module, which takes what the source's students take and is copied.
         source: the real images.
         cache_dir: where teachers trained for `auto` are kept, as for D4MDataModule.
+        image_size: edge in pixels of what the source's students take; by default the source's.
 
     Raises:
         InputError: where there is no such teacher, or a class of the source is not among its classes.
@@ -119,7 +134,8 @@ def load_teacher(teacher: str | Path | nn.Module, source: Source, cache_dir: str
     if isinstance(teacher, Teacher):
         found = teacher
     elif isinstance(teacher, nn.Module):
-        found = Teacher(copy.deepcopy(teacher), source.classes, source.image_size, source.mean, source.std)
+        size = image_size or source.image_size
+        found = Teacher(copy.deepcopy(teacher), source.classes, size, source.mean, source.std)
     else:
         found = _open(str(teacher), source, cache_dir)
     order, missing = match_classes(source.classes, found.classes)
@@ -132,21 +148,8 @@ def load_teacher(teacher: str | Path | nn.Module, source: Source, cache_dir: str
         )
     if order == list(range(len(found.classes))):
         return found
-    model = nn.Sequential(found.model, _Columns(order))
-    return Teacher(model, source.classes, found.image_size, found.mean.flatten().tolist(), found.std.flatten().tolist())
-
-
-class _Columns(nn.Module):
-    """The wanted columns of the logits."""
-
-    order: Tensor
-
-    def __init__(self, order: Sequence[int]) -> None:
-        super().__init__()
-        self.register_buffer("order", torch.tensor(order), persistent=False)
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return logits[:, self.order]
+    mean, std, order = found.mean.flatten().tolist(), found.std.flatten().tolist(), found.order[order].tolist()
+    return Teacher(found.model, found.known, found.image_size, mean, std, order)
 
 
 def name_of(teacher: str | Path | nn.Module) -> str:
@@ -251,26 +254,25 @@ def _from_transformers(name: str) -> Teacher:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     name = os.path.expanduser(name)
-    model = AutoModelForImageClassification.from_pretrained(name)
+    model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)  # whatever it is stored as
     processor = AutoImageProcessor.from_pretrained(name)
-    size = dict(getattr(processor, "crop_size", None) or processor.size)
-    edge = size.get("height") or size.get("shortest_edge")
     classes = [model.config.id2label[label] for label in range(model.config.num_labels)]
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0, 0, 0), (1, 1, 1))
-    as_it_takes = _Logits(model, bgr=getattr(processor, "do_flip_channel_order", False))
-    return Teacher(as_it_takes, classes, int(edge or model.config.image_size), mean, std)
+    # Each processor has steps and flags of its own: what they come to is seen in what it makes of three images.
+    own_size = getattr(model.config, "image_size", PROBE)  # of one that resizes nothing
+    edge = own_size if isinstance(own_size, int) else max(own_size)
+    images = [Image.new("RGB", (edge, edge), colour) for colour in ("black", "white", "red")]
+    made = processor(images, return_tensors="pt")["pixel_values"]
+    black, white, red = made[:, :, made.shape[2] // 2, made.shape[3] // 2]
+    std = 1 / (white - black)
+    as_it_takes = nn.Sequential(_Mirrored(), model) if red[2] == white[2] else model  # a red pixel's last is its first
+    return Teacher(as_it_takes, classes, made.shape[-1], (-black * std).tolist(), std.tolist())
 
 
-class _Logits(nn.Module):
-    """A transformers classifier that takes RGB images and returns its logits alone."""
-
-    def __init__(self, model: nn.Module, bgr: bool) -> None:
-        super().__init__()
-        self.model, self.bgr = model, bgr
+class _Mirrored(nn.Module):
+    """The channels of RGB images as BGR."""
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images.flip(1) if self.bgr else images).logits
-        return logits
+        return images.flip(1)
 
 
 _LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm, "transformers": _from_transformers}
@@ -344,14 +346,18 @@ def _build(student: dict[str, Any], data: dict[str, Any], weights: dict[str, Ten
 
 
 def tried_teacher(
-    teacher: str | Path | nn.Module, source: Source, cache_dir: str | Path | None, device: torch.device
+    teacher: str | Path | nn.Module,
+    source: Source,
+    cache_dir: str | Path | None,
+    device: torch.device,
+    image_size: int | None = None,
 ) -> tuple[Teacher, str]:
     """Return `load_teacher`'s teacher on a device, and how many real test images it names rightly, in words.
 
     Raises:
         InputError: as `load_teacher` and `check_above_chance`.
     """
-    loaded = load_teacher(teacher, source, cache_dir).to(device)
+    loaded = load_teacher(teacher, source, cache_dir, image_size).to(device)
     return loaded, check_above_chance(loaded, source)
 
 

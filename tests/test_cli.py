@@ -15,7 +15,7 @@ import yaml
 from datasets import load_dataset
 from PIL import Image
 
-from d4m_plugin import D4MDataModule, Digits, DistilledDataset, cli, console
+from d4m_plugin import D4MDataModule, Digits, DistilledDataset, ImageClassifier, cli, console
 from d4m_plugin.errors import InputWarning
 from tests.toys import Squares
 
@@ -73,13 +73,30 @@ def test_batches_that_our_own_module_does_not_take_are_told(run):
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])
-def test_a_checkpoint_that_is_not_there_is_named(run, command):
-    status, _, err = run(command, "--ckpt_path", "no/last.ckpt")
-    assert (status, err) == (2, "error: `ckpt_path` is 'no/last.ckpt', and there is no such file.\n")
+@pytest.mark.parametrize("path", ["no/last.ckpt", "nothing", "best"])
+def test_a_checkpoint_that_is_not_there_is_named(run, command, path):
+    status, _, err = run(command, "--ckpt_path", path)
+    assert (status, err) == (2, f"error: `ckpt_path` is {path!r}, and there is no such file.\n")
+
+
+@pytest.mark.parametrize(("option", "value"), [("strategy", "ddp_foo"), ("accelerator", "foo")])
+def test_what_a_trainer_cannot_be_is_told_in_a_sentence(run, option, value):
+    status, _, err = run("fit", *SHORT, f"--trainer.{option}", value)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert value in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_a_barebones_trainer_trains(run):
+    words = ["--data.train_on", "random", "--trainer.max_steps", "1", "--trainer.barebones", "true"]
+    status, _, err = run("fit", *words, "--data.batch_size", "4")
+    assert status == 0, err
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
+def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run, monkeypatch):
     status, out, _ = run("fit", "--data.train_on", "random", "--trainer.max_steps", "3", "--data.batch_size", "20")
     assert status == 0
     rows = table_of(out)
@@ -104,6 +121,24 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run):
         predicted = [int(row["label"]) for row in csv.DictReader(file)]
     right = [a == b for a, b in zip(predicted, Digits().test().targets, strict=True)]
     assert sum(right) / 500 == pytest.approx(accuracy, abs=1e-4)
+
+    monkeypatch.setattr(ImageClassifier, "predict_step", lambda self, batch, at: self(batch[0]))
+    status, out, err = run("predict", "--ckpt_path", rows["checkpoint"])
+    with open(table_of(out)["predictions"]) as file:
+        assert [int(row["label"]) for row in csv.DictReader(file)] == predicted  # of logits, too
+    monkeypatch.setattr(ImageClassifier, "predict_step", lambda self, batch, at: batch[0])
+    status, _, err = run("predict", "--ckpt_path", rows["checkpoint"])
+    assert (status, "returns neither a label nor 10 logits of each image" in err) == (2, True)
+
+    monkeypatch.setattr(Digits, "classes", Digits.classes[::-1])
+    status, _, err = run("test", "--ckpt_path", rows["checkpoint"])
+    assert (status, "has them as 9, 8, 7, …: another order" in err) == (2, True)
+    monkeypatch.setattr(Digits, "classes", [f"digit {name}" for name in Digits.classes])
+    with pytest.warns(InputWarning, match=r"was trained on other data than digits: classes .*'0'.*'digit 0'"):
+        assert run("test", "--ckpt_path", rows["checkpoint"])[0] == 0
+    monkeypatch.setattr(Digits, "classes", [*Digits.classes, "ten"])
+    status, _, err = run("test", "--ckpt_path", rows["checkpoint"])
+    assert (status, "of another model, or of another number of classes" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

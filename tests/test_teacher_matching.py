@@ -4,12 +4,15 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
@@ -542,6 +545,32 @@ def test_a_modules_own_hook_for_batches_runs(teacher):
     assert torch.equal(seen[-2].flip(3), seen[-1])
 
 
+@pytest.mark.filterwarnings("ignore:You have overridden `.*` in")
+def test_no_hook_of_a_module_meets_stored_logits(teacher, squares, tmp_path, monkeypatch):
+    class Unpacks(Plain):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            images, labels = batch
+            return images, labels
+
+        def transfer_batch_to_device(self, batch, device, dataloader_idx):
+            images, labels = batch
+            return images.to(device), labels.to(device)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            _images, _labels = batch
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            _images, _labels = batch
+
+    monkeypatch.setattr("d4m_plugin.teachers.load_teacher", lambda *_: teacher)
+    distill(squares, Recipe(ipc=2, num_inference_steps=2), output=tmp_path / "set")
+    relabel(tmp_path / "set", squares)
+    data = D4MDataModule(squares, set_folder=tmp_path / "set")
+    module = Unpacks()
+    quiet_trainer(max_epochs=1, callbacks=[TeacherMatching("stored")]).fit(module, datamodule=data)
+    assert len(module.labels) == 1
+
+
 @pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer` in both")
 @pytest.mark.parametrize("keys", [None, ("image", "label")])
 def test_a_modules_own_hook_sees_no_stored_logits_and_may_add_to_the_batch(
@@ -655,6 +684,13 @@ def test_manual_optimisation_is_refused(teacher):
     module.automatic_optimization = False
     with pytest.raises(InputError, match="Plain has `automatic_optimization` set to False"):
         fit(module, TeacherMatching(teacher))
+
+    class Late(Plain):
+        def setup(self, stage):
+            self.automatic_optimization = False
+
+    with pytest.raises(InputError, match="Late has `automatic_optimization` set to False"):
+        fit(Late(), TeacherMatching(teacher))
 
 
 def test_other_data_is_refused(teacher):
@@ -956,6 +992,25 @@ def test_two_processes_equal_a_plain_loop_over_the_batches_of_both(teacher, tmp_
     trained = torch.load(tmp_path / "weights.pt", weights_only=True)
     for name, weight in network.state_dict().items():
         torch.testing.assert_close(trained[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "told"),
+    [
+        (DDPStrategy, {}, True),
+        (DDPStrategy, {"find_unused_parameters": True}, False),
+        (DDPStrategy, {"static_graph": True}, False),
+        (DeepSpeedStrategy, {}, False),  # whose engine takes the gradients away
+    ],
+)
+def test_parameters_are_missed_where_processes_would_wait_for_them(kind, options, told):
+    strategy = kind.__new__(kind)
+    strategy._ddp_kwargs = options
+    matching = TeacherMatching(None)
+    matching._restore = lambda: None
+    trainer = SimpleNamespace(strategy=strategy, global_step=0)
+    with pytest.raises(InputError, match="4 parameters of Plain") if told else nullcontext():
+        matching.on_after_backward(trainer, Plain())
 
 
 def test_parameters_without_a_part_in_the_logits_are_named_under_ddp(tmp_path):

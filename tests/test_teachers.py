@@ -8,7 +8,14 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    ConvNextImageProcessor,
+    EfficientNetImageProcessor,
+    MobileViTImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Teacher
 from d4m_plugin.sources.names import imagenet_ids, match_classes, readable, wordnet
@@ -177,6 +184,7 @@ def test_a_plain_module_takes_what_the_students_take():
     images = torch.rand(2, 3, 16, 16)
     mean, std = torch.tensor(Squares.mean).view(3, 1, 1), torch.tensor(Squares.std).view(3, 1, 1)
     torch.testing.assert_close(found(images), ((images - mean) / std)[:, :, 0, 0])
+    assert load_teacher(FirstPixel(), Squares(), image_size=32).image_size == 32  # where students see other squares
 
 
 @pytest.fixture
@@ -202,6 +210,55 @@ def test_a_transformers_classifier_brings_its_size_normalisation_and_names(vit):
     expected = model(inputs.pixel_values).logits[:, [0, 3, 2]]
     torch.testing.assert_close(found(pixels / 255), expected, atol=0.02, rtol=0.02)  # half precision
     assert found.image_size == 8
+
+
+@pytest.mark.parametrize(
+    ("processor", "size", "mean", "std"),
+    [
+        (EfficientNetImageProcessor(size={"height": 12, "width": 12}), 12, [0.5] * 3, [0.25] * 3),  # twice normalised
+        (ViTImageProcessor(size={"height": 12, "width": 12}, do_normalize=False), 12, [0.0] * 3, [1.0] * 3),
+        (ViTImageProcessor(do_resize=False, image_mean=[0.1, 0.2, 0.3]), 8, [0.1, 0.2, 0.3], [0.5] * 3),
+        (ConvNextImageProcessor(size={"shortest_edge": 24}), 24, [0.5] * 3, [0.5] * 3),
+        (MobileViTImageProcessor(size={"shortest_edge": 12}, crop_size={"height": 10, "width": 10}), 10, None, None),
+    ],
+)
+def test_what_a_transformers_classifier_sees_is_what_its_processor_makes(vit, processor, size, mean, std):
+    folder, _ = vit
+    processor.save_pretrained(folder)
+    found = load_teacher(f"transformers:{folder}", Squares())
+    assert found.image_size == size
+    if mean is None:  # of BGR images
+        image = torch.rand(1, 3, size, size)
+        found.model[1] = FirstPixel()
+        assert found.model((image - found.mean) / found.std).tolist() == image.flip(1)[:, :, 0, 0].tolist()
+    else:
+        torch.testing.assert_close((found.mean.flatten(), found.std.flatten()), tuple(map(torch.tensor, (mean, std))))
+
+
+def test_a_transformers_classifier_in_half_precision_teaches(vit):
+    folder, model = vit
+    model.half().save_pretrained(folder)
+    found = load_teacher(f"transformers:{folder}", Squares())
+    assert found(torch.rand(2, 3, 8, 8)).isfinite().all()
+    assert next(found.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping"])
+def test_classes_are_ordered_whatever_form_the_logits_have(form):
+    class Wrapped(FirstPixel):
+        def forward(self, images):
+            logits = super().forward(images)
+            return (logits, images) if form == "tuple" else {"logits": logits}
+
+    theirs = Teacher(Wrapped(), ["ünï 🦆", "red", "green / blue"], 16, (0, 0, 0), (1, 1, 1))
+    found = load_teacher(theirs, Squares())
+    images = torch.rand(2, 3, 16, 16)
+    assert found(images).tolist() == images[:, [1, 2, 0], 0, 0].tolist()
+    assert found.classes == list(Squares().classes)
+    assert (
+        load_teacher(found, Squares(classes=Squares().classes[::-1]))(images).tolist()
+        == images[:, [0, 2, 1], 0, 0].tolist()
+    )  # ordered again
 
 
 def test_a_torchvision_classifier_brings_imagenets_names(tmp_path, monkeypatch):

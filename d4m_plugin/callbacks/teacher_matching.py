@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -97,11 +97,7 @@ class TeacherMatching(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit and declares it nowhere
         if not isinstance(data, D4MDataModule):
             raise InputError(f"TeacherMatching needs a D4MDataModule as `data`; it is {type(data).__name__}.")
-        if not pl_module.automatic_optimization:
-            raise InputError(
-                f"{type(pl_module).__name__} has `automatic_optimization` set to False, so TeacherMatching cannot "
-                "replace its loss; use a module that returns its loss from `training_step`."
-            )
+        self._check_optimises_itself(pl_module)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it, and declares it nowhere
         if any(isinstance(each, TeacherMatching) and each._restore for each in callbacks):
             raise InputError("two callbacks are TeacherMatching; use one, with a list of teachers as `teacher`.")
@@ -112,7 +108,7 @@ class TeacherMatching(L.Callback):
         named = [teacher for teacher in self.teachers if teacher != STORED]
         with torch.random.fork_rng(devices=[]):  # a seed gives the same batches, whatever the teacher
             device = trainer.strategy.root_device
-            tried = [tried_teacher(teacher, data.source, data.cache_dir, device) for teacher in named]
+            tried = [tried_teacher(each, data.source, data.cache_dir, device, data.image_size) for each in named]
         for name, (_, how_good) in zip(named, tried, strict=True):
             rank_zero_info(f"Teacher {name_of(name)}: {how_good}.")
         self._loaded = [teacher for teacher, _ in tried]
@@ -121,7 +117,9 @@ class TeacherMatching(L.Callback):
         self._wrap(pl_module, data)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compile the teachers."""
+        """Refuse what the module's own setup made unfit, and compile the teachers."""
+        if self._restore:
+            self._check_optimises_itself(pl_module)
         for teacher in self._loaded if self.compile_teacher else ():
             teacher.model.to(memory_format=torch.channels_last)
             teacher.model.compile()  # in place
@@ -129,14 +127,17 @@ class TeacherMatching(L.Callback):
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Name the parameters for whose gradients processes would wait for ever."""
         strategy = trainer.strategy
-        if self._restore and isinstance(strategy, DDPStrategy) and trainer.global_step == 0:
-            finds_them = strategy._ddp_kwargs.get("find_unused_parameters")
-            unused = [name for name, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
-            if unused and not finds_them:
-                raise InputError(
-                    f"{len(unused)} parameters of {type(pl_module).__name__} have no part in its logits, such as "
-                    f"{unused[0]!r}; set `strategy` (`--trainer.strategy`) to ddp_find_unused_parameters_true."
-                )
+        if not self._restore or trainer.global_step > 0 or not isinstance(strategy, DDPStrategy):
+            return
+        if isinstance(strategy, DeepSpeedStrategy):  # has taken the gradients away by now
+            return
+        finds_them = any(strategy._ddp_kwargs.get(way) for way in ("find_unused_parameters", "static_graph"))
+        unused = [name for name, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
+        if unused and not finds_them:
+            raise InputError(
+                f"{len(unused)} parameters of {type(pl_module).__name__} have no part in its logits, such as "
+                f"{unused[0]!r}; set `strategy` (`--trainer.strategy`) to ddp_find_unused_parameters_true."
+            )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the module its own training step back."""
@@ -168,6 +169,13 @@ class TeacherMatching(L.Callback):
             return self.student
         return self._chosen(seen, pl_module, (2, data.num_classes))
 
+    def _check_optimises_itself(self, pl_module: L.LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            raise InputError(
+                f"{type(pl_module).__name__} has `automatic_optimization` set to False, so TeacherMatching cannot "
+                "replace its loss; use a module that returns its loss from `training_step`."
+            )
+
     def _check_is_there(self, pl_module: L.LightningModule, name: str) -> None:
         try:
             pl_module.get_submodule(name)
@@ -197,7 +205,7 @@ class TeacherMatching(L.Callback):
 
         @functools.wraps(own_step)
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            images, labels, stored = data.unpacked(batch)
+            images, labels = data.unpacked(batch)
             mixed = MIXINGS[self.mixing](images)
             batch = data.repacked(batch, mixed.images, mixed.labels(labels))
             shape = (len(images), data.num_classes)
@@ -217,7 +225,7 @@ class TeacherMatching(L.Callback):
                 self._hook = LogitsHook(pl_module.get_submodule(found))
             if student is None:
                 raise self._nothing_seen(pl_module, shape)
-            loss = self._loss(student, self._target(mixed, stored, data), mixed, labels)
+            loss = self._loss(student, self._target(mixed, data), mixed, labels)
             pl_module.log("matching_loss", loss.detach(), prog_bar=True)
             return {**result, "loss": loss} if isinstance(result, dict) else loss
 
@@ -232,7 +240,7 @@ class TeacherMatching(L.Callback):
 
         self._restore = restore
 
-    def _target(self, mixed: Mixed, stored: Tensor | None, data: D4MDataModule) -> Tensor:
+    def _target(self, mixed: Mixed, data: D4MDataModule) -> Tensor:
         """Return what the student is to match: softened outputs, or logits, averaged over the teachers."""
 
         def outputs(logits: Tensor) -> Tensor:
@@ -240,8 +248,8 @@ class TeacherMatching(L.Callback):
 
         pixels = data.to_unit_range(mixed.images)
         targets = [outputs(teacher(pixels)) for teacher in self._loaded]
-        if stored is not None:
-            targets.append(mixed.values(outputs(stored)))
+        if data.stored_logits is not None:
+            targets.append(mixed.values(outputs(data.stored_logits.to(pixels.device))))
         return torch.stack(targets).mean(0)
 
     def _loss(self, student: Tensor, target: Tensor, mixed: Mixed, labels: Tensor) -> Tensor:

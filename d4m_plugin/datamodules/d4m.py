@@ -40,7 +40,6 @@ from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import Resize, to_pixels
 from d4m_plugin.subsets import random_subset
 
-LOGITS = "logits"  # the third key of a batch with stored logits
 POWERS = {"uniform": 0.0, "share": 1.0, "root": 0.5}  # of a prototype's share, by which its images are drawn
 
 
@@ -82,6 +81,7 @@ class D4MDataModule(L.LightningDataModule):
         num_classes: known at once, for the model's construction.
         image_size: edge in pixels of the batches' images.
         resize: how real images that are not square become so: as those of a named set did.
+        stored_logits: of the training batch that is at work, float32 (B, classes), on the CPU; see `give_logits`.
 
     Raises:
         InputError: where an option cannot work.
@@ -147,6 +147,7 @@ class D4MDataModule(L.LightningDataModule):
         self.batch_keys = batch_keys
         self.weighting = weighting
         self._logits: Tensor | None = None
+        self.stored_logits: Tensor | None = None
         self.flip = self.source.flip if flip is None else flip
         self.num_classes = len(self.source.classes)
         self.hub_id, self.push, self.private = hub_id, push, private
@@ -224,7 +225,7 @@ class D4MDataModule(L.LightningDataModule):
         check_images(self.source, images, what, fingerprint, resolve_cache_dir(self.cache_dir), self.num_workers)
 
     def give_logits(self, wanted: bool) -> None:
-        """Let each training batch have the set's stored logits, float32 (B, classes), as its third part, or not.
+        """Have the set's stored logits of each training batch as `stored_logits`, or not.
 
         Raises:
             InputError: where `set_folder` names no set that has them, or the training is not on it.
@@ -235,7 +236,7 @@ class D4MDataModule(L.LightningDataModule):
                 "`teacher` is 'stored', which needs a distilled set with a teacher's logits: write them by "
                 "`d4m relabel FOLDER`, and name the folder as `set_folder`."
             )
-        self._logits = named.logits if wanted and named else None
+        self._logits, self.stored_logits = named.logits if wanted and named else None, None
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of images, uint8 (B, 3, H, W), and labels, int64 (B,); `augmented` prepares them."""
@@ -260,9 +261,20 @@ class D4MDataModule(L.LightningDataModule):
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
+    def on_before_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> Any:
+        """Keep the stored logits of a training batch apart, so that no hook of a module or callback meets them."""
+        trainer = self.trainer
+        assert trainer is not None  # which calls this
+        if self._logits is not None and trainer.training:
+            batch, self.stored_logits = batch[:-1], batch[-1]
+        module = trainer.lightning_module  # whose own hook Lightning leaves out where the data has one
+        if is_overridden("on_before_batch_transfer", module):
+            return module.on_before_batch_transfer(batch, dataloader_idx)
+        return batch
+
     def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> Any:
         """Augment a training batch, normalise any other, on the device that the trainer has moved it to."""
-        images, labels, *logits = batch
+        images, labels = batch
         trainer = self.trainer
         assert trainer is not None  # which calls this
         images = (self.augmented if trainer.training else self.normalised)(images)
@@ -270,28 +282,21 @@ class D4MDataModule(L.LightningDataModule):
         packed = self.packed(images, labels)
         module = trainer.lightning_module  # whose own hook Lightning leaves out where the data has one
         if is_overridden("on_after_batch_transfer", module):
-            packed = module.on_after_batch_transfer(packed, dataloader_idx)
-        if not logits:
-            return packed
-        return {**packed, LOGITS: logits[0]} if self.batch_keys else (*packed, logits[0])
+            return module.on_after_batch_transfer(packed, dataloader_idx)
+        return packed
 
     def packed(self, images: Tensor, labels: Tensor) -> Any:
         """Return a batch of images and labels as the model takes it."""
         return dict(zip(self.batch_keys, (images, labels), strict=True)) if self.batch_keys else (images, labels)
 
-    def unpacked(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the images and labels of a training batch, and the stored logits where `give_logits` wanted them."""
-        if self.batch_keys:
-            images, labels = (batch[key] for key in self.batch_keys)
-            return images, labels, batch.get(LOGITS)
-        images, labels, *others = batch
-        return images, labels, None if self._logits is None else others[-1]
+    def unpacked(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the images and labels of a batch, whatever a module's own hook put beside them."""
+        images, labels = (batch[key] for key in self.batch_keys or (0, 1))
+        return images, labels
 
     def repacked(self, batch: Any, images: Tensor, labels: Tensor) -> Any:
-        """Return a training batch with other images and labels, without the stored logits."""
-        if self.batch_keys:
-            return {key: part for key, part in batch.items() if key != LOGITS} | self.packed(images, labels)
-        return (images, labels, *(batch[2:] if self._logits is None else batch[2:-1]))
+        """Return a batch with other images and labels."""
+        return {**batch, **self.packed(images, labels)} if self.batch_keys else (images, labels, *batch[2:])
 
     def augmented(self, images: Tensor) -> Tensor:
         """Return what the student sees of training images, uint8 (B, 3, H, W): cropped, flipped and normalised."""
@@ -324,6 +329,30 @@ class D4MDataModule(L.LightningDataModule):
             "mean": list(self.source.mean),
             "std": list(self.source.std),
         }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare what a checkpoint's model was trained on with the source.
+
+        Raises:
+            InputError: where its classes are the source's in another order: each label would be another's.
+
+        Warns:
+            InputWarning: where they have other names, or images were normalised otherwise.
+        """
+        learnt, classes = list(state_dict["classes"]), list(self.source.classes)
+        if learnt != classes and sorted(learnt) == sorted(classes):
+            raise InputError(
+                f"the checkpoint's model learnt the classes as {listed(learnt)}, and `source`, {self.source.name}, has "
+                f"them as {listed(classes)}: another order; use images in folders, or labels, as those it learnt from."
+            )
+        now = D4MDataModule.state_dict(self)
+        if differs := [
+            f"{name} {state_dict[name]} (here: {now[name]})" for name in now if state_dict[name] != now[name]
+        ]:
+            rank_zero_warn(
+                f"the checkpoint's model was trained on other data than {self.source.name}: {'; '.join(differs)}.",
+                category=InputWarning,
+            )
 
     @cached_property
     def _held_training_set(self) -> Held | None:
