@@ -50,6 +50,18 @@ Arm = Literal[
     "real",
 ]
 ARMS: tuple[Arm, ...] = get_args(Arm)
+WHAT_ARMS_ARE: dict[Arm, str] = {
+    "distilled": "the set",
+    "random": "as many real images a class, drawn anew for each seed",
+    "equal_bytes": "as many random real images as take the bytes of the set, drawn anew for each seed",
+    "herding": "real images that have together, under the teacher, the mean of their class",
+    "confident": "the real images that the teacher is surest of",
+    "nearest": "the real images nearest to the prototypes",
+    "decoded": "the prototypes through the VAE alone",
+    "generated": "as many images of the model, without prototypes",
+    "reconstructed": "random real images through the VAE and back",
+    "real": "all real training images",
+}
 NEEDED: dict[str, set[Arm]] = {  # of Arms, by which arms
     "network": {"herding", "confident"},
     "model": {"nearest", "decoded", "generated", "reconstructed"},
@@ -62,13 +74,7 @@ NEEDED: dict[str, set[Arm]] = {  # of Arms, by which arms
 class Arms:
     """The images of each arm, as many of each class as the distilled set has, but for `equal_bytes` and `real`.
 
-    `distilled`: the set. `random`: real training images, drawn anew for each seed. `equal_bytes`: as many of those as
-    the set's bytes hold, each as it lies on disk, of each class in turn. `herding`: real images whose features under
-    the teacher have, together, the mean of their class. `confident`: the real images that the teacher is surest of.
-    `nearest`: to each prototype, the real images whose latents are nearest. `decoded`: the prototypes through the VAE
-    alone. `generated`: by the same model and prompts from noise alone, without prototypes. `reconstructed`: those of
-    `random` through the VAE and back, which is what the VAE costs. `real`: all real training images. All are squares of
-    the set's size.
+    All are squares of the set's size.
 
     Args:
         judged: the distilled set.

@@ -14,6 +14,7 @@ from PIL import Image
 
 from d4m_plugin.cache import written_whole
 from d4m_plugin.card import accuracy, amount, counted, rates_of, with_caution
+from d4m_plugin.evaluation.arms import WHAT_ARMS_ARE
 from d4m_plugin.evaluation.figures import Features, draw_all
 from d4m_plugin.evaluation.verdict import LABELS, points_of
 
@@ -56,19 +57,6 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
-
-WHAT_ARMS_ARE = {
-    "distilled": "the set",
-    "random": "as many real images a class, drawn anew for each seed",
-    "equal_bytes": "as many random real images as take the bytes of the set, drawn anew for each seed",
-    "herding": "real images that have together, under the teacher, the mean of their class",
-    "confident": "the real images that the teacher is surest of",
-    "nearest": "the real images nearest to the prototypes",
-    "decoded": "the prototypes through the VAE alone",
-    "generated": "as many images of the model, without prototypes",
-    "reconstructed": "random real images through the VAE and back",
-    "real": "all real training images",
-}
 
 UNDER_THE_TABLE = (
     "Mean ± standard deviation over the seeds. Differences are paired by seed, with their 95 % interval: where it "
