@@ -87,10 +87,15 @@ class LatentDiffusion:
     def _denoiser(self) -> Any:
         return getattr(self.pipeline, "unet", None) or self.pipeline.transformer
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The parts of the pipeline that have weights."""
+        return [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
+
     def _bring(self, wanted: Collection[Any]) -> None:
         """Have some parts of the pipeline on the device beside the VAE, and no others: they take turns in memory."""
-        for part in self.pipeline.components.values():
-            if isinstance(part, nn.Module) and part is not self.pipeline.vae:
+        for part in sorted(self.modules, key=lambda part: part in wanted):  # first out, then in
+            if part is not self.pipeline.vae:
                 part.to(self.device if part in wanted else "cpu")
 
     @property

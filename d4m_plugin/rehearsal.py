@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d4m_plugin.cache import make_writable
 from d4m_plugin.checking import check_least
@@ -78,8 +78,7 @@ def estimate(
     step, once = _denoising(model, latents[:1].expand(at_once, *latents.shape[1:]), source.classes[0], resolved)
     pixels = to_make * resolved.image_size**2 * 3
     prototypes = len(source.classes) * resolved.prototypes * latents[0].numel() * 2  # float16
-    parts = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
-    weights = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.parameters())
+    weights = sum(tensor.numel() * tensor.element_size() for part in model.modules for tensor in part.parameters())
     checked = isinstance(source, WithoutBadImages)  # by now
     check_all = 0 if checked else len(images) * reading / max(1, num_workers)
     encode_all = len(images) * encoding

@@ -274,12 +274,13 @@ def test_a_vae_of_the_same_latents_may_take_the_models_place(folder, tmp_path):
 def test_only_what_a_stage_needs_is_on_the_device(folder, family, monkeypatch):
     """The device is the CPU by another name here, so that going there can be told from going back."""
     device = torch.device("cpu:0")
-    there, seen = set(), []
+    there, seen, together = set(), [], []
     move = torch.nn.Module.to
 
     def spy(module, *args, **kwargs):
         if args and args[0] == device and isinstance(args[0], torch.device):
             there.add(module)
+            together.append(there.copy())
         elif args == ("cpu",):
             there.discard(module)
         return move(module, *args, **kwargs)
@@ -288,8 +289,8 @@ def test_only_what_a_stage_needs_is_on_the_device(folder, family, monkeypatch):
     model = LatentDiffusion(folder(family), device=device, dtype=torch.float32)
     parts = {part: name for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
-    def names():
-        return {parts[part].split("_encoder")[0] for part in there}
+    def names(on_it=there):
+        return {parts[part].split("_encoder")[0] for part in on_it}
 
     for part in parts:
         if parts[part] != "vae":
@@ -299,8 +300,10 @@ def test_only_what_a_stage_needs_is_on_the_device(folder, family, monkeypatch):
     assert names() == {"vae"}
     for prompt in ("a cat", "a dog"):
         model.decode(model.denoise(latents, [prompt], [generator_of(0)], num_inference_steps=2))
-    assert {name for name, _ in seen} == {"text", "transformer" if family in ("sd3", "flux") else "unet"}
+    denoiser = "transformer" if family in ("sd3", "flux") else "unet"
+    assert {name for name, _ in seen} == {"text", denoiser}
     assert all(on_it == {"vae", name} for name, on_it in seen)
+    assert all(names(on_it) <= {"vae", "text"} or names(on_it) == {"vae", denoiser} for on_it in together)
 
 
 def test_large_images_are_decoded_a_few_at_a_time_with_the_same_result(folder, monkeypatch):
