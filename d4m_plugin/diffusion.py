@@ -75,7 +75,8 @@ class LatentDiffusion:
         if lora is not None:
             _add_lora(self.pipeline, lora)
         if self.dtype == torch.float16 and self.pipeline.vae.config.get("force_upcast"):
-            self.pipeline.vae.to(torch.float32)  # in float16 it overflows, as SDXL's does
+            with _quietly():
+                self.pipeline.vae.to(torch.float32)  # in float16 it overflows, as SDXL's does
         if scheduler is not None or scheduler_options:
             self.pipeline.scheduler = _make_scheduler(self.pipeline.scheduler, scheduler, scheduler_options or {})
         if compile:
@@ -176,15 +177,19 @@ class LatentDiffusion:
     @contextmanager
     def full_precision(self) -> Iterator[None]:
         """Compute in float32 for a while, with weights in it."""
-        kept = {name: part.dtype for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        kept = [tensor.dtype for tensor in self._tensors()]  # T5 has a few in float32 among those in float16
         dtype, self.dtype, self._encoded = self.dtype, torch.float32, {}
         try:
-            self.pipeline.to(torch.float32)
+            with _quietly():
+                self.pipeline.to(torch.float32)
             yield
         finally:
             self.dtype, self._encoded = dtype, {}
-            for name, weights in kept.items():
-                self.pipeline.components[name].to(weights)
+            for tensor, own in zip(self._tensors(), kept, strict=True):
+                tensor.data = tensor.data.to(own)
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for part in self.modules for tensor in (*part.parameters(), *part.buffers())]
 
     @property
     def _vae_autocast(self) -> torch.autocast:
@@ -249,7 +254,9 @@ class LatentDiffusion:
             # None lets SDXL take its own empty prompt
             options |= {"do_classifier_free_guidance": True, "negative_prompt": negative_prompt or None}
         self._bring([part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")])
-        with autocast(self.device, self.dtype), _told_already():
+        # Half weights run as they are: autocast would undo the float32 that T5 keeps where float16 overflows.
+        whole = self._denoiser.dtype == torch.float32
+        with autocast(self.device, self.dtype if whole else torch.float32), _quietly():
             tensors = self.pipeline.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1, **options)
         return {name: tensor for name, tensor in zip(names, tensors, strict=False) if name in self._takes}
 
@@ -346,8 +353,8 @@ def embedded_prompts(model: str) -> list[str]:
 
 
 @contextmanager
-def _told_already() -> Iterator[None]:
-    """Keep the libraries from logging that a prompt is cut off, of which we warn once."""
+def _quietly() -> Iterator[None]:
+    """Keep the libraries from logging that a prompt is cut off, of which we warn once, or that weights are cast."""
     import diffusers
     import transformers
 

@@ -306,6 +306,37 @@ def test_only_what_a_stage_needs_is_on_the_device(folder, family, monkeypatch):
     assert all(names(on_it) <= {"vae", "text"} or names(on_it) == {"vae", denoiser} for on_it in together)
 
 
+@pytest.fixture
+def half(folder):
+    """SD3 in float16 as an accelerator holds it, with a weight in T5 that overflows there and that T5 keeps whole."""
+    model = LatentDiffusion(folder("sd3"), dtype=torch.float16)
+    model.pipeline = AutoPipelineForImage2Image.from_pretrained(folder("sd3"), dtype=torch.float16)
+    weight = model.pipeline.text_encoder_3.encoder.block[0].layer[1].DenseReluDense.wo.weight
+    assert weight.dtype == torch.float32
+    with torch.no_grad():
+        weight[0, 0] = 1e5
+    return model
+
+
+def test_text_is_encoded_in_the_precision_that_each_weight_is_kept_in(half):
+    with torch.inference_mode():
+        expected = half.pipeline.encode_prompt("a cat", None, None, do_classifier_free_guidance=True, device="cpu")
+    found = half.encode_prompt("a cat", "")
+    assert found["prompt_embeds"].isfinite().all()
+    assert all(torch.equal(*pair) for pair in zip(found.values(), expected, strict=True))
+
+
+def test_each_weight_is_as_it_was_after_full_precision(half):
+    def weights():
+        return [each.clone() for part in half.modules for each in (*part.parameters(), *part.buffers())]
+
+    before = weights()
+    with half.full_precision():
+        assert {each.dtype for each in weights() if each.is_floating_point()} == {torch.float32}
+    for now, then in zip(weights(), before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
+
+
 def test_large_images_are_decoded_a_few_at_a_time_with_the_same_result(folder, monkeypatch):
     model = LatentDiffusion(folder("sd"), dtype=torch.float32)
     together = model.decode(starts(model))
