@@ -486,8 +486,10 @@ def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
     for option in options:
         if option not in known:
             raise InputError(f"`scheduler_options` has {option!r}, which {kind.__name__} does not take.")
+    # Schedulers made for pixels cut to [-1, 1] unless told otherwise, which a PNDM's configuration does not.
+    unsaid = {"clip_sample": own.config.get("clip_sample", False)} if "clip_sample" in known else {}
     try:
-        return kind.from_config(own.config, **options)
+        return kind.from_config(own.config, **unsaid | options)
     except Exception as error:  # of all kinds, by what each scheduler computes of them
         raise InputError(f"`scheduler_options` is {options}, which {kind.__name__} cannot use: {error}") from error
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import d4m_plugin.rehearsal as rehearsal
 from d4m_plugin import InputError, LatentDiffusion, Recipe
+from d4m_plugin.diffusion import _make_scheduler
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.synthesis import open_model
 from tests import families
@@ -245,6 +246,13 @@ def test_a_schedulers_options_are_taken_or_refused(folder):
     assert chosen.pipeline.scheduler.config.use_karras_sigmas
     with pytest.raises(InputError, match="`scheduler_options` has 'karras', which DDIMScheduler does not take"):
         LatentDiffusion(folder("sd"), scheduler_options={"karras": True})
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler"])
+def test_latents_are_not_cut_to_the_range_of_pixels_unless_asked(scheduler):
+    own = diffusers.PNDMScheduler()  # whose configuration has no such option
+    assert not _make_scheduler(own, scheduler, {}).config.clip_sample
+    assert _make_scheduler(own, scheduler, {"clip_sample": True}).config.clip_sample
 
 
 def test_a_vae_of_the_same_latents_may_take_the_models_place(folder, tmp_path):
