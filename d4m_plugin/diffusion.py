@@ -4,13 +4,14 @@
 `scaling_factor` (after its `shift_factor`, where it has one): what diffusers' pipelines denoise.
 """
 
+import functools
 import hashlib
 import importlib.util
 import inspect
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,15 +153,18 @@ class LatentDiffusion:
         """Refuse steps that the schedule has not.
 
         Raises:
-            InputError: where it has fewer, or cannot make as few; an LCM's has fewer at less strength.
+            InputError: where it has fewer, or cannot make as few; an LCM's has fewer at less strength. Or where the
+                scheduler draws noise that no generator of ours decides.
         """
         scheduler, told = self.pipeline.scheduler, f"`num_inference_steps` is {num_inference_steps}"
+        kind = type(scheduler).__name__
+        if "noise_sampler_seed" in scheduler.config:
+            raise InputError(f"`scheduler` is {kind!r}, whose noise `seed` does not decide; name another.")
         most = scheduler.config.get("num_train_timesteps", num_inference_steps)
         if num_inference_steps > most:
             raise InputError(f"{told}; the model's schedule has {most} steps.")
         if "mu" in inspect.signature(scheduler.set_timesteps).parameters:
             return  # a flow's, which takes any number, and what the pipeline makes of the image's size
-        kind = type(scheduler).__name__
         options = {"strength": strength} if "original_inference_steps" in self._takes else {}
         try:
             scheduler.set_timesteps(num_inference_steps, **options)
@@ -300,12 +304,14 @@ class LatentDiffusion:
             arguments |= {"height": edge, "width": edge}
         self.pipeline.set_progress_bar_config(disable=True)
         self._bring([self._denoiser])
-        latents = latents.to(self.device)
-        steps: AbstractContextManager[None] = nullcontext()
+        latents, scheduler = latents.to(self.device), self.pipeline.scheduler
+        step = scheduler.step
+        if "generator" in inspect.signature(step).parameters:  # which the pipelines of flows leave out
+            step = functools.partial(step, generator=generators)
         if mode_guidance_scale:
             packed = self.pipeline._pack_latents(latents, *latents.shape) if self._is_flux else latents
-            steps = pulled_toward(packed, self.pipeline.scheduler, mode_guidance_scale, mode_guidance_stop)
-        with autocast(self.device, self.dtype), steps:
+            step = pulled_toward(packed, scheduler, step, mode_guidance_scale, mode_guidance_stop)
+        with autocast(self.device, self.dtype), _stepping(scheduler, step):
             output = self.pipeline(
                 image=latents,
                 strength=strength,
@@ -350,6 +356,16 @@ def embedded_prompts(model: str) -> list[str]:
     with safe_open(ASSETS / model / "teacher.safetensors", "pt") as file:
         names: list[str] = json.loads(file.metadata()["data"])["classes"]
     return names
+
+
+@contextmanager
+def _stepping(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
+    """Have a scheduler step in another way for a while."""
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 @contextmanager

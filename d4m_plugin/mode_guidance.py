@@ -5,8 +5,7 @@ changed so that it stands for one nearer to the prototype, and the stock step do
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,24 +13,25 @@ from torch import Tensor
 
 from d4m_plugin.errors import InputError
 
+Step = Callable[..., Any]
 
-@contextmanager
-def pulled_toward(prototypes: Tensor, scheduler: Any, scale: float, stop: float) -> Iterator[None]:
-    """Have a scheduler's steps pull the clean latents that they are told of toward prototypes.
+
+def pulled_toward(prototypes: Tensor, scheduler: Any, step: Step, scale: float, stop: float) -> Step:
+    """Return a scheduler's step that pulls the clean latents that it is told of toward prototypes.
 
     At noise level s, the share of the noise in a latent's standard deviation, the predicted clean latent x becomes
     x + scale · s · (prototype - x). (MGD3's own form, in the posterior's variance, would vanish with DDIM.)
 
     Args:
         prototypes: where to, float32, of the shape of the latents that the scheduler gets.
-        scheduler: a diffusers scheduler, changed for the while.
+        scheduler: of diffusers.
+        step: the scheduler's own.
         scale: how far; 1 puts the prototype in the prediction's place where all is noise.
         stop: the share of the schedule, from the noise on, in which it pulls.
 
-    Raises:
-        InputError: where the scheduler predicts in a way of its own.
+    Returns:
+        The step, which raises InputError where the scheduler predicts in a way of its own.
     """
-    step = scheduler.step
 
     @functools.wraps(step)  # pipelines ask for its signature
     def pulled(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -40,11 +40,7 @@ def pulled_toward(prototypes: Tensor, scheduler: Any, scale: float, stop: float)
             model_output = _pulled(model_output, timestep, sample, scheduler, prototypes, scale)
         return step(model_output, timestep, sample, *args, **kwargs)
 
-    scheduler.step = pulled
-    try:
-        yield
-    finally:
-        del scheduler.step
+    return pulled
 
 
 def _pulled(

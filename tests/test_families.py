@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, StableDiffusionPipeline
+from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
@@ -215,6 +216,47 @@ def test_a_flow_by_another_scheduler_is_denoised(folder):
     model = open_model(Recipe(diffusion=folder("sd3"), scheduler="FlowMatchHeunDiscreteScheduler").resolved(Squares()))
     latents = model.denoise(starts(model)[:1], ["a cat"], [generator_of(0)], num_inference_steps=4)
     assert latents.isfinite().all()
+
+
+@pytest.mark.parametrize("mode_guidance_scale", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("family", "scheduler", "options"),
+    [
+        ("flux", "FlowMatchLCMScheduler", {}),
+        ("sd3", None, {"stochastic_sampling": True}),
+        ("sd", "EulerAncestralDiscreteScheduler", {}),
+    ],
+)
+def test_the_generators_decide_all_noise(folder, family, scheduler, options, mode_guidance_scale):
+    model = LatentDiffusion(folder(family), scheduler=scheduler, scheduler_options=options, dtype=torch.float32)
+
+    def denoised(seed, some=slice(3)):
+        torch.manual_seed(seed)
+        generators = [generator_of(1, index) for index in range(3)]
+        options = {"num_inference_steps": 4, "mode_guidance_scale": mode_guidance_scale}
+        return model.denoise(starts(model)[some], PROMPTS[some], generators[some], **options)
+
+    assert torch.equal(denoised(1), denoised(2))
+    torch.testing.assert_close(denoised(1)[1:2], denoised(1, slice(1, 2)), atol=1e-3, rtol=1e-3)
+
+
+def test_the_scheduler_is_as_it_was_after_an_error(folder):
+    model = LatentDiffusion(folder("sd"))
+    with pytest.raises(ValueError, match="strength"):
+        model.denoise(starts(model), PROMPTS, [generator_of(0)] * 3, strength=2.0, mode_guidance_scale=0.1)
+    assert "step" not in vars(model.pipeline.scheduler)
+
+
+def test_a_scheduler_with_noise_of_its_own_is_refused(folder, monkeypatch):
+    class DPMSolverSDEScheduler(diffusers.EulerDiscreteScheduler):  # whose package is no dependency
+        @register_to_config
+        def __init__(self, beta_schedule="linear", noise_sampler_seed=None):
+            super().__init__(beta_schedule=beta_schedule)
+            self.register_to_config(noise_sampler_seed=noise_sampler_seed)
+
+    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", DPMSolverSDEScheduler)
+    with pytest.raises(InputError, match="`scheduler` is 'DPMSolverSDEScheduler', whose noise `seed` does not decide"):
+        open_model(Recipe(diffusion=folder("sd"), scheduler="DPMSolverSDEScheduler").resolved(Squares()))
 
 
 def test_a_scheduler_whose_package_is_missing_is_refused(folder, monkeypatch):
