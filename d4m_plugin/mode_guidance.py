@@ -60,8 +60,12 @@ def _pulled(
     whole = (signal**2 + noise**2) ** 0.5
     predicts = scheduler.config.get("prediction_type") or "flow_prediction"  # which flow matching has no word for
     x, output = sample.float(), model_output.float()
-    if predicts == "epsilon":
-        clean, slope = (x - noise * output) / signal, -signal / noise  # slope: of the output by the clean latent
+    slope: float  # of the output by the clean latent
+    if hasattr(scheduler, "precondition_outputs"):  # EDM's, whatever it says that it predicts
+        clean = scheduler.precondition_outputs(x, output, noise)
+        slope = 1 / scheduler.precondition_outputs(0.0, 1.0, noise)
+    elif predicts == "epsilon":
+        clean, slope = (x - noise * output) / signal, -signal / noise
     elif predicts == "v_prediction":
         clean, slope = (signal * x / whole - noise * output) / whole, -whole / noise
     elif predicts == "flow_prediction":
@@ -77,9 +81,11 @@ def _pulled(
 
 
 def _levels(scheduler: Any, timestep: Any) -> tuple[float, float]:
-    """Return what clean latents and noise are multiplied by at a step, as the scheduler itself adds them."""
+    """Return what clean latents and noise are multiplied by at a step, as the scheduler itself has them."""
     times = torch.as_tensor(timestep).reshape(1)
     one, none = torch.ones(1), torch.zeros(1)
+    if hasattr(scheduler, "sigmas_interpol"):  # of KDPM2, whose every second pass is between the levels that it adds
+        return 1.0, float(scheduler.scale_model_input(one, timestep) ** -2 - 1) ** 0.5
     if hasattr(scheduler, "scale_noise"):
         return float(scheduler.scale_noise(one, times, none)), float(scheduler.scale_noise(none, times, one))
     return float(scheduler.add_noise(one, none, times)), float(scheduler.add_noise(none, one, times))
