@@ -137,7 +137,7 @@ class LatentDiffusion:
         return resolution
 
     def steps_of(self, num_inference_steps: int, strength: float) -> int:
-        """Return the steps that are made of each image's schedule, which pipelines round each in their own way.
+        """Return the steps that are made of each image's schedule, as the pipeline itself rounds them.
 
         Args:
             num_inference_steps: of the whole schedule.
@@ -145,9 +145,7 @@ class LatentDiffusion:
         """
         if "original_inference_steps" in self._takes:
             return num_inference_steps
-        share = min(num_inference_steps * strength, num_inference_steps)
-        rounds_up = "height" in self._takes  # SD3 and FLUX
-        return num_inference_steps - int(num_inference_steps - share) if rounds_up else int(share)
+        return int(self.pipeline.get_timesteps(num_inference_steps, strength, self.device)[1])
 
     def check_steps(self, num_inference_steps: int, strength: float) -> None:
         """Refuse steps that the schedule has not.
