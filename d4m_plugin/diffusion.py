@@ -168,13 +168,24 @@ class LatentDiffusion:
             scheduler.set_timesteps(num_inference_steps, **options)
         except (ValueError, IndexError) as error:
             raise InputError(f"{told}, which {kind} cannot make at `strength` {strength}: {error}") from error
-        if hasattr(scheduler, "scale_noise"):
-            return  # a flow's, which noises by it
-        one = torch.ones(1)
+
+    @contextmanager
+    def answering_once(self) -> Iterator[None]:
+        """Have the denoiser's first answer stand for all that follow for a while: a trial of the rest, by one pass."""
+        denoiser, answers = self._denoiser, list[Any]()
+        compiled = denoiser._compiled_call_impl
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            if not answers:
+                answers.append(denoiser._call_impl(*args, **kwargs))  # as it is: compiling takes minutes
+            return answers[0]
+
+        denoiser._compiled_call_impl = answer
         try:
-            scheduler.add_noise(one, one, scheduler.timesteps[-1:].cpu())
-        except Exception as error:  # of all kinds, of those that generate alone, or go the other way
-            raise InputError(f"`scheduler` is {kind!r}, which cannot start from a prototype; name another.") from error
+            yield
+        finally:
+            denoiser._compiled_call_impl = compiled
+            self._bring([])
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:

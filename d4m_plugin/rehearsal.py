@@ -25,7 +25,7 @@ from d4m_plugin.screening import WithoutBadImages, readable_source
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Source
 from d4m_plugin.subsets import Chosen, at_most
-from d4m_plugin.synthesis import open_model, open_teacher, synthesise, warn_of_prompts
+from d4m_plugin.synthesis import check_denoising, open_model, open_teacher, synthesise, warn_of_prompts
 
 PNG_SHARE = 0.6  # of a photograph's pixels, what a PNG of them takes
 PROBES = 4  # batches that are encoded to measure it, of which the fastest counts
@@ -50,8 +50,10 @@ def estimate(
     check_classes(source)
     resolved = recipe.resolved(source)
     model = open_model(resolved, compile)
-    warn_of_prompts(resolved.prompts(source.classes), resolved, model)
+    prompts = resolved.prompts(source.classes)
+    warn_of_prompts(prompts, resolved, model)
     resolution = model.check_resolution(resolved.resolution)
+    check_denoising(resolved, model, prompts[0], resolution)
     images = source.train()
     if resolved.max_images_per_class is not None:
         images = at_most(images, resolved.max_images_per_class, resolved.seed)
@@ -199,6 +201,7 @@ def preview(
     few = at_most(source.train(), min(of_class, resolved.max_images_per_class or of_class), resolved.seed)
     shown = list(range(min(classes, len(source.classes))))
     resolution = model.check_resolution(resolved.resolution)
+    check_denoising(resolved, model, prompts[0], resolution)
     prototypes = {
         label: cluster(latents, images, seed_of(resolved.seed, label))
         for label, latents in encode(few, shown, model, resolution, resolved.resize, batch_size, num_workers)

@@ -110,6 +110,12 @@ def test_as_many_steps_as_the_schedule_has_are_taken(squares):
     assert synthesis.open_model(Recipe(num_inference_steps=1000).resolved(squares))
 
 
+def test_a_model_that_makes_no_images_is_told_before_any_is_encoded(squares, monkeypatch):
+    monkeypatch.setattr(LatentDiffusion, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(InputError, match="and `scheduler` 'IPNDMScheduler', with which StableDiffusion"):
+        distill(squares, dataclasses.replace(RECIPE, scheduler="IPNDMScheduler"))
+
+
 def test_a_batch_has_an_image(squares):
     with pytest.raises(InputError, match="`batch_size` is 0; it must be at least 1"):
         distill(squares, RECIPE, batch_size=0)
@@ -697,6 +703,8 @@ def test_where_memory_runs_out_batches_are_halved_and_the_set_is_the_same(square
 
         monkeypatch.setattr(LatentDiffusion, name, small)
     halved = distill(squares, RECIPE, output=tmp_path / "halved")
+    trial, *sizes = sizes
+    assert trial == 1
     assert sizes == [6, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 12, 6, 3, 2, 2, 2, 2, 2, 2]
     assert torch.equal(halved.images, whole.images)
     assert halved.targets == whole.targets

@@ -12,7 +12,7 @@ import d4m_plugin.rehearsal as rehearsal
 from d4m_plugin import InputError, LatentDiffusion, Recipe
 from d4m_plugin.diffusion import _make_scheduler
 from d4m_plugin.seeding import generator_of
-from d4m_plugin.synthesis import open_model
+from d4m_plugin.synthesis import check_denoising, open_model
 from tests import families
 from tests.toys import Squares
 
@@ -205,11 +205,53 @@ def test_a_dry_run_makes_do_with_the_memory_that_there_is(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "scheduler", ["IPNDMScheduler", "DDIMInverseScheduler", "RePaintScheduler", "ScoreSdeVeScheduler"]
+    ("family", "scheduler"),
+    [
+        *(
+            ("sd", kind)
+            for kind in ("IPNDMScheduler", "DDIMInverseScheduler", "RePaintScheduler", "ScoreSdeVeScheduler")
+        ),
+        *(("sd", kind) for kind in ("CogVideoXDPMScheduler", "DDPMWuerstchenScheduler")),
+        ("flux", "FlowMatchHeunDiscreteScheduler"),
+    ],
 )
-def test_a_scheduler_that_cannot_start_from_an_image_is_refused(folder, scheduler):
-    with pytest.raises(InputError, match=f"`scheduler` is '{scheduler}', which cannot start from a prototype"):
-        open_model(Recipe(diffusion=folder("sd"), scheduler=scheduler).resolved(Squares()))
+def test_a_scheduler_that_the_pipeline_cannot_use_is_refused(folder, family, scheduler):
+    recipe = Recipe(diffusion=folder(family), scheduler=scheduler).resolved(Squares())
+    says = (
+        f"`diffusion` is '.*' and `scheduler` '{scheduler}', with which .*Img2ImgPipeline makes no images \\(.+\\)\\.$"
+    )
+    with pytest.raises(InputError, match=says):
+        check_denoising(recipe, open_model(recipe), "a cat", 16)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "says"),
+    [
+        (lambda: families._of_stable_diffusion(in_channels=9), "StableDiffusionImg2ImgPipeline makes no images"),
+        (
+            lambda: diffusers.FluxKontextPipeline(**families.flux().components),
+            "FluxKontextPipeline makes no images .*strength",
+        ),
+    ],
+    ids=["inpainting", "no strength"],
+)
+def test_a_pipeline_that_makes_no_images_of_latents_is_refused(tmp_path, pipeline, says):
+    pipeline().save_pretrained(tmp_path)
+    recipe = Recipe(diffusion=str(tmp_path)).resolved(Squares())
+    with pytest.raises(InputError, match=says):
+        check_denoising(recipe, open_model(recipe), "a cat", 16)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_trial_is_one_pass_that_compiles_nothing_and_leaves_the_device(folder, compile):
+    recipe, passes = Recipe(diffusion=folder("sd")).resolved(Squares()), []
+    model = open_model(recipe, compile)
+    model.pipeline.unet.register_forward_hook(lambda *_: passes.append(1))
+    torch.manual_seed(0)
+    check_denoising(recipe, model, "a cat", 16)
+    assert len(passes) == 1
+    assert bool(model.pipeline.unet._compiled_call_impl) == compile
+    assert torch.equal(torch.get_rng_state(), torch.manual_seed(0).get_state())
 
 
 def test_a_flow_by_another_scheduler_is_denoised(folder):
