@@ -115,13 +115,6 @@ class LatentDiffusion:
     def _is_flux(self) -> bool:
         return "true_cfg_scale" in self._takes
 
-    @property
-    def guides_by_a_second_pass(self) -> bool:
-        """Whether a step under guidance is two passes; models distilled from guidance know it from one."""
-        unet = getattr(self.pipeline, "unet", None)
-        knows_it = self._is_flux or (unet and unet.config.time_cond_proj_dim)
-        return "negative_prompt_embeds" in self._takes and not knows_it
-
     def check_resolution(self, resolution: int | None) -> int:
         """Return the edge in pixels that images are encoded at, the model's own where none is named.
 
@@ -170,19 +163,23 @@ class LatentDiffusion:
             raise InputError(f"{told}, which {kind} cannot make at `strength` {strength}: {error}") from error
 
     @contextmanager
-    def answering_once(self) -> Iterator[None]:
-        """Have the denoiser's first answer stand for all that follow for a while: a trial of the rest, by one pass."""
+    def answering_once(self) -> Iterator[list[Any]]:
+        """Have the denoiser's first answer stand for all that follow for a while: a trial of the rest, by one pass.
+
+        Yields:
+            The answers that it has given.
+        """
         denoiser, answers = self._denoiser, list[Any]()
         compiled = denoiser._compiled_call_impl
 
         def answer(*args: Any, **kwargs: Any) -> Any:
-            if not answers:
-                answers.append(denoiser._call_impl(*args, **kwargs))  # as it is: compiling takes minutes
+            # Not compiled, which takes minutes.
+            answers.append(answers[0] if answers else denoiser._call_impl(*args, **kwargs))
             return answers[0]
 
         denoiser._compiled_call_impl = answer
         try:
-            yield
+            yield answers
         finally:
             denoiser._compiled_call_impl = compiled
             self._bring([])

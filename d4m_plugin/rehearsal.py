@@ -53,13 +53,12 @@ def estimate(
     prompts = resolved.prompts(source.classes)
     warn_of_prompts(prompts, resolved, model)
     resolution = model.check_resolution(resolved.resolution)
-    check_denoising(resolved, model, prompts[0], resolution)
+    passes = check_denoising(resolved, model, prompts[0], resolution)
     images = source.train()
     if resolved.max_images_per_class is not None:
         images = at_most(images, resolved.max_images_per_class, resolved.seed)
     to_make = resolved.ipc * len(source.classes)
     steps, tries = model.steps_of(resolved.num_inference_steps, resolved.strength), resolved.oversample
-    passes = 2 if resolved.guidance_scale > 1 and model.guides_by_a_second_pass else 1
 
     def read(chosen: Tensor) -> None:
         for index in chosen.tolist():
@@ -88,7 +87,7 @@ def estimate(
     return {
         "images to encode": f"{len(images):,}, at {resolution} pixels",
         "images to make": f"{to_make:,}, {resolved.ipc} of each of {len(source.classes):,} classes",
-        "passes of the model": f"{to_make * tries * steps * passes:,}: {steps} steps an image, {passes} a step"
+        "passes of the model": f"{to_make * tries * passes:,}: {passes} an image, in {steps} steps"
         + (f", {tries} tries" if tries > 1 else ""),
         "on disk": f"{_bytes(pixels * PNG_SHARE + prototypes)}, of which prototypes {_bytes(prototypes)}",
         "memory": f"{_bytes(weights)} of weights{_peak(model.device)}",

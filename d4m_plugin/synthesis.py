@@ -36,8 +36,11 @@ def open_model(recipe: ResolvedRecipe, compile: bool = False) -> LatentDiffusion
     return model
 
 
-def check_denoising(recipe: ResolvedRecipe, model: LatentDiffusion, prompt: str, resolution: int) -> None:
+def check_denoising(recipe: ResolvedRecipe, model: LatentDiffusion, prompt: str, resolution: int) -> int:
     """Denoise a latent of zeros under a recipe's whole schedule, by one pass of the model.
+
+    Returns:
+        The passes that each image will take; a step under guidance is two, those of some schedulers are twice as many.
 
     Raises:
         InputError: where that cannot be done, which would otherwise show when all real images are encoded.
@@ -45,8 +48,9 @@ def check_denoising(recipe: ResolvedRecipe, model: LatentDiffusion, prompt: str,
     edge = resolution // model.pipeline.vae_scale_factor
     latents = torch.zeros(1, model.pipeline.vae.config.latent_channels, edge, edge)
     try:
-        with model.answering_once():
+        with model.answering_once() as answers:
             Batches(1).run(lambda _: _denoise(model, latents, [prompt], [torch.Generator()], recipe), 1)
+        return sum(len(answer[0]) for answer in answers)
     except InputError:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -310,7 +310,7 @@ def test_a_dry_run_counts_and_makes_nothing(run, tmp_path):
     rows = table_of(out)
     assert rows["images to encode"] == "1,297, at 32 pixels"
     assert rows["images to make"] == "30, 3 of each of 10 classes"
-    assert rows["passes of the model"] == "420: 7 steps an image, 2 a step"
+    assert rows["passes of the model"] == "420: 14 an image, in 7 steps"
     assert rows["checking, once"].endswith("images/s in a process)")
     assert rows["in all"].endswith("and the clustering")
     assert not (tmp_path / "set").exists()

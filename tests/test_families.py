@@ -165,8 +165,27 @@ def test_the_steps_that_are_told_are_those_that_are_made(folder, family, steps, 
     assert len(made) == model.steps_of(steps, strength)
 
 
+@pytest.mark.parametrize(
+    ("family", "scheduler", "guidance_scale"),
+    [
+        *((family, None, 8.0) for family in families.FAMILIES),
+        ("sd", "HeunDiscreteScheduler", 1.0),
+        ("sd", "HeunDiscreteScheduler", 8.0),
+        ("sd", "PNDMScheduler", 8.0),
+    ],
+)
+def test_a_trial_counts_the_passes_that_are_made(folder, family, scheduler, guidance_scale):
+    options = {"num_inference_steps": 20, "guidance_scale": guidance_scale, "strength": 0.7}
+    recipe = Recipe(diffusion=folder(family), scheduler=scheduler, **options).resolved(Squares())
+    model, made = open_model(recipe), []
+    told = check_denoising(recipe, model, "a cat", 16)
+    model._denoiser.register_forward_hook(lambda denoiser, given, output: made.append(len(output[0])))
+    model.denoise(starts(model)[:1], ["a cat"], [generator_of(0)], **options)
+    assert told == sum(made)
+
+
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "DDIMScheduler", "HeunDiscreteScheduler"])
-def test_a_dry_run_counts_the_passes_that_are_made(folder, scheduler, monkeypatch):
+def test_a_dry_run_times_the_passes_that_are_made(folder, scheduler, monkeypatch):
     recipe = Recipe(diffusion=folder("sd"), scheduler=scheduler, num_inference_steps=20).resolved(Squares())
     model, passes = open_model(recipe), []
     model.pipeline.unet.register_forward_hook(lambda *_: passes.append(1))
