@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import weakref
 
 import datasets
 import numpy as np
@@ -520,6 +521,23 @@ def test_what_the_prompt_says_can_be_overridden(squares, tmp_path, monkeypatch):
     assert dataset.recipe["class_names"] == {"red": "crimson", "2": "a duck"}
     with pytest.raises(InputError, match="`class_names` has 'rot', which is no class of squares and no label number"):
         distill(squares, Recipe(class_names={"rot": "red"}))
+
+
+def test_latents_of_a_class_are_in_memory_once(squares):
+    made = []
+
+    class Model:
+        def encode(self, pixels):
+            assert sum(latents() is not None for latents in made) <= 1
+            latents = torch.full((len(pixels), 4, 8, 8), float(len(made)))
+            made.append(weakref.ref(latents))
+            return latents
+
+    found = dict(distillation.encode(squares.train(), [0, 2], Model(), 16, batch_size=2))
+    assert {label: latents[:, 0, 0, 0].tolist() for label, latents in found.items()} == {
+        0: [0, 0, 1, 1, 2, 2],
+        2: [3, 3, 4, 4, 5, 5],
+    }
 
 
 def test_no_more_images_of_a_class_are_encoded_than_asked_for(squares, monkeypatch):
