@@ -262,7 +262,7 @@ def test_a_pipeline_that_makes_no_images_of_latents_is_refused(tmp_path, pipelin
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_trial_is_one_pass_that_compiles_nothing_and_leaves_the_device(folder, compile):
+def test_a_trial_is_one_pass_that_compiles_nothing_and_draws_nothing(folder, compile):
     recipe, passes = Recipe(diffusion=folder("sd")).resolved(Squares()), []
     model = open_model(recipe, compile)
     model.pipeline.unet.register_forward_hook(lambda *_: passes.append(1))
@@ -411,6 +411,9 @@ def test_only_what_a_stage_needs_is_on_the_device(folder, family, monkeypatch):
     assert names() == {"vae"}
     for prompt in ("a cat", "a dog"):
         model.decode(model.denoise(latents, [prompt], [generator_of(0)], num_inference_steps=2))
+    with model.answering_once():
+        model.denoise(latents, ["a cow"], [generator_of(0)], num_inference_steps=2)
+    assert names() == {"vae"}
     denoiser = "transformer" if family in ("sd3", "flux") else "unet"
     assert {name for name, _ in seen} == {"text", denoiser}
     assert all(on_it == {"vae", name} for name, on_it in seen)
