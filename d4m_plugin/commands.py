@@ -42,7 +42,7 @@ def distill_command(
     """
     source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     if dry_run:
-        return estimate(source, Recipe(**recipe), batch_size, compile, num_workers)
+        return estimate(source, Recipe(**recipe), batch_size, compile, num_workers, keep_latents)
     made = distill(
         source,
         Recipe(**recipe),

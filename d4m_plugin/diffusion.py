@@ -4,13 +4,14 @@
 `scaling_factor` (after its `shift_factor`, where it has one): what diffusers' pipelines denoise.
 """
 
+import functools
 import hashlib
 import importlib.util
 import inspect
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ class LatentDiffusion:
         if lora is not None:
             _add_lora(self.pipeline, lora)
         if self.dtype == torch.float16 and self.pipeline.vae.config.get("force_upcast"):
-            self.pipeline.vae.to(torch.float32)  # in float16 it overflows, as SDXL's does
+            with _quietly():
+                self.pipeline.vae.to(torch.float32)  # in float16 it overflows, as SDXL's does
         if scheduler is not None or scheduler_options:
             self.pipeline.scheduler = _make_scheduler(self.pipeline.scheduler, scheduler, scheduler_options or {})
         if compile:
@@ -87,10 +89,15 @@ class LatentDiffusion:
     def _denoiser(self) -> Any:
         return getattr(self.pipeline, "unet", None) or self.pipeline.transformer
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The parts of the pipeline that have weights."""
+        return [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
+
     def _bring(self, wanted: Collection[Any]) -> None:
         """Have some parts of the pipeline on the device beside the VAE, and no others: they take turns in memory."""
-        for part in self.pipeline.components.values():
-            if isinstance(part, nn.Module) and part is not self.pipeline.vae:
+        for part in sorted(self.modules, key=lambda part: part in wanted):  # first out, then in
+            if part is not self.pipeline.vae:
                 part.to(self.device if part in wanted else "cpu")
 
     @property
@@ -108,13 +115,6 @@ class LatentDiffusion:
     def _is_flux(self) -> bool:
         return "true_cfg_scale" in self._takes
 
-    @property
-    def guides_by_a_second_pass(self) -> bool:
-        """Whether a step under guidance is two passes; models distilled from guidance know it from one."""
-        unet = getattr(self.pipeline, "unet", None)
-        knows_it = self._is_flux or (unet and unet.config.time_cond_proj_dim)
-        return "negative_prompt_embeds" in self._takes and not knows_it
-
     def check_resolution(self, resolution: int | None) -> int:
         """Return the edge in pixels that images are encoded at, the model's own where none is named.
 
@@ -130,7 +130,7 @@ class LatentDiffusion:
         return resolution
 
     def steps_of(self, num_inference_steps: int, strength: float) -> int:
-        """Return the steps that are made of each image's schedule, which pipelines round each in their own way.
+        """Return the steps that are made of each image's schedule, as the pipeline itself rounds them.
 
         Args:
             num_inference_steps: of the whole schedule.
@@ -138,48 +138,68 @@ class LatentDiffusion:
         """
         if "original_inference_steps" in self._takes:
             return num_inference_steps
-        share = min(num_inference_steps * strength, num_inference_steps)
-        rounds_up = "height" in self._takes  # SD3 and FLUX
-        return num_inference_steps - int(num_inference_steps - share) if rounds_up else int(share)
+        return int(self.pipeline.get_timesteps(num_inference_steps, strength, self.device)[1])
 
     def check_steps(self, num_inference_steps: int, strength: float) -> None:
         """Refuse steps that the schedule has not.
 
         Raises:
-            InputError: where it has fewer, or cannot make as few; an LCM's has fewer at less strength.
+            InputError: where it has fewer, or cannot make as few; an LCM's has fewer at less strength. Or where the
+                scheduler draws noise that no generator of ours decides.
         """
         scheduler, told = self.pipeline.scheduler, f"`num_inference_steps` is {num_inference_steps}"
+        kind = type(scheduler).__name__
+        if "noise_sampler_seed" in scheduler.config:
+            raise InputError(f"`scheduler` is {kind!r}, whose noise `seed` does not decide; name another.")
         most = scheduler.config.get("num_train_timesteps", num_inference_steps)
         if num_inference_steps > most:
             raise InputError(f"{told}; the model's schedule has {most} steps.")
         if "mu" in inspect.signature(scheduler.set_timesteps).parameters:
             return  # a flow's, which takes any number, and what the pipeline makes of the image's size
-        kind = type(scheduler).__name__
         options = {"strength": strength} if "original_inference_steps" in self._takes else {}
         try:
             scheduler.set_timesteps(num_inference_steps, **options)
         except (ValueError, IndexError) as error:
             raise InputError(f"{told}, which {kind} cannot make at `strength` {strength}: {error}") from error
-        if hasattr(scheduler, "scale_noise"):
-            return  # a flow's, which noises by it
-        one = torch.ones(1)
+
+    @contextmanager
+    def answering_once(self) -> Iterator[list[Any]]:
+        """Have the denoiser's first answer stand for all that follow for a while: a trial of the rest, by one pass.
+
+        Yields:
+            The answers that it has given.
+        """
+        denoiser, answers = self._denoiser, list[Any]()
+        compiled = denoiser._compiled_call_impl
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            # Not compiled, which takes minutes.
+            answers.append(answers[0] if answers else denoiser._call_impl(*args, **kwargs))
+            return answers[0]
+
+        denoiser._compiled_call_impl = answer
         try:
-            scheduler.add_noise(one, one, scheduler.timesteps[-1:].cpu())
-        except Exception as error:  # of all kinds, of those that generate alone, or go the other way
-            raise InputError(f"`scheduler` is {kind!r}, which cannot start from a prototype; name another.") from error
+            yield answers
+        finally:
+            denoiser._compiled_call_impl = compiled
+            self._bring([])
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
         """Compute in float32 for a while, with weights in it."""
-        kept = {name: part.dtype for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+        kept = [tensor.dtype for tensor in self._tensors()]  # T5 has a few in float32 among those in float16
         dtype, self.dtype, self._encoded = self.dtype, torch.float32, {}
         try:
-            self.pipeline.to(torch.float32)
+            with _quietly():
+                self.pipeline.to(torch.float32)
             yield
         finally:
             self.dtype, self._encoded = dtype, {}
-            for name, weights in kept.items():
-                self.pipeline.components[name].to(weights)
+            for tensor, own in zip(self._tensors(), kept, strict=True):
+                tensor.data = tensor.data.to(own)
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for part in self.modules for tensor in (*part.parameters(), *part.buffers())]
 
     @property
     def _vae_autocast(self) -> torch.autocast:
@@ -244,7 +264,9 @@ class LatentDiffusion:
             # None lets SDXL take its own empty prompt
             options |= {"do_classifier_free_guidance": True, "negative_prompt": negative_prompt or None}
         self._bring([part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")])
-        with autocast(self.device, self.dtype), _told_already():
+        # Half weights run as they are: autocast would undo the float32 that T5 keeps where float16 overflows.
+        whole = self._denoiser.dtype == torch.float32
+        with autocast(self.device, self.dtype if whole else torch.float32), _quietly():
             tensors = self.pipeline.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1, **options)
         return {name: tensor for name, tensor in zip(names, tensors, strict=False) if name in self._takes}
 
@@ -288,12 +310,14 @@ class LatentDiffusion:
             arguments |= {"height": edge, "width": edge}
         self.pipeline.set_progress_bar_config(disable=True)
         self._bring([self._denoiser])
-        latents = latents.to(self.device)
-        steps: AbstractContextManager[None] = nullcontext()
+        latents, scheduler = latents.to(self.device), self.pipeline.scheduler
+        step = scheduler.step
+        if "generator" in inspect.signature(step).parameters:  # which the pipelines of flows leave out
+            step = functools.partial(step, generator=generators)
         if mode_guidance_scale:
             packed = self.pipeline._pack_latents(latents, *latents.shape) if self._is_flux else latents
-            steps = pulled_toward(packed, self.pipeline.scheduler, mode_guidance_scale, mode_guidance_stop)
-        with autocast(self.device, self.dtype), steps:
+            step = pulled_toward(packed, scheduler, step, mode_guidance_scale, mode_guidance_stop)
+        with autocast(self.device, self.dtype), _stepping(scheduler, step):
             output = self.pipeline(
                 image=latents,
                 strength=strength,
@@ -341,8 +365,18 @@ def embedded_prompts(model: str) -> list[str]:
 
 
 @contextmanager
-def _told_already() -> Iterator[None]:
-    """Keep the libraries from logging that a prompt is cut off, of which we warn once."""
+def _stepping(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
+    """Have a scheduler step in another way for a while."""
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the libraries from logging that a prompt is cut off, of which we warn once, or that weights are cast."""
     import diffusers
     import transformers
 
@@ -474,8 +508,10 @@ def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
     for option in options:
         if option not in known:
             raise InputError(f"`scheduler_options` has {option!r}, which {kind.__name__} does not take.")
+    # Schedulers made for pixels cut to [-1, 1] unless told otherwise, which a PNDM's configuration does not.
+    unsaid = {"clip_sample": own.config.get("clip_sample", False)} if "clip_sample" in known else {}
     try:
-        return kind.from_config(own.config, **options)
+        return kind.from_config(own.config, **unsaid | options)
     except Exception as error:  # of all kinds, by what each scheduler computes of them
         raise InputError(f"`scheduler_options` is {options}, which {kind.__name__} cannot use: {error}") from error
 

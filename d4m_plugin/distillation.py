@@ -39,7 +39,7 @@ from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import at_most
-from d4m_plugin.synthesis import open_model, open_teacher, synthesise, warn_of_prompts
+from d4m_plugin.synthesis import check_denoising, open_model, open_teacher, synthesise, warn_of_prompts
 from d4m_plugin.teachers import Teacher
 from d4m_plugin.units import SILENCE, DamagedError, Units, load_tensors, save_tensors
 
@@ -183,6 +183,9 @@ def _distil_into(
     resolution = model.check_resolution(recipe.resolution)
     prompts = recipe.prompts(source.classes)
     warn_of_prompts(prompts, recipe, model)
+    blocks = [block_file(work, number) for number in range(math.ceil(len(prompts) * recipe.ipc / BLOCK))]
+    if not all(block.exists() for block in blocks):
+        check_denoising(recipe, model, prompts[0], resolution)
     images, fingerprint_of_images = source.train(), source.fingerprint
     if recipe.max_images_per_class is not None:
         images = at_most(images, recipe.max_images_per_class, recipe.seed)
@@ -205,7 +208,6 @@ def _distil_into(
     make_prototypes(work, counts, encoded, recipe, kept, keep_latents)
     make_images(work, prompts, recipe, model, teacher, batch_size)
     classes = [class_file(work, label) for label in range(len(prompts))]
-    blocks = [block_file(work, number) for number in range(math.ceil(len(prompts) * recipe.ipc / BLOCK))]
     with (
         Progress("Writing", 1, " set", delay=SILENCE) as progress,
         Units(work, {WRITTEN: 1}, Path.stat, progress) as units,

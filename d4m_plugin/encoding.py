@@ -1,6 +1,5 @@
 """The latents of the real images, class by class (D4M, section 3.2)."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -39,39 +38,42 @@ def encode(
         progress: a tqdm bar to move on by one for each image.
     """
     members = members_by_label(images.targets)
-    asked_for: deque[tuple[int, bool]] = deque()  # of each batch that is being read: its label, and whether it ends it
 
-    def batches() -> Iterator[list[int]]:
+    def batches() -> Iterator[tuple[int, bool, list[int]]]:
         for label in labels:
-            parts = members[label].split(batch_size)
-            for number, part in enumerate(parts, 1):
-                asked_for.append((label, number == len(parts)))
-                yield part.tolist()
+            *others, last = members[label].split(batch_size)
+            for part in others:
+                yield label, False, part.tolist()
+            yield label, True, last.tolist()
 
     # The loader takes any iterable of what the dataset takes, whatever its type says.
     sampler: Any = batches()
     loader = DataLoader(_Batches(images, resolution, resize), None, sampler=sampler, num_workers=num_workers)
-    latents: list[Tensor] = []
     at_once = Batches(batch_size)
-    for pixels in loader:
-        label, last = asked_for.popleft()
-        latents += at_once.run(partial(_encode_part, model, pixels), len(pixels))
+    done, latents = 0, torch.empty(0)
+    for label, ends, pixels in loader:
+        for part in at_once.run(partial(_encode_part, model, pixels), len(pixels)):
+            if not done:
+                latents = torch.empty(len(members[label]), *part.shape[1:])  # of all, which a list would hold twice
+            latents[done : done + len(part)] = part
+            done += len(part)
         if progress is not None:
             progress.update(len(pixels))
-        if last:
-            whole, latents = torch.cat(latents), []  # one copy in memory while the caller works
-            yield label, whole
+        if ends:
+            yield label, latents
+            done = 0
 
 
 def _encode_part(model: LatentDiffusion, pixels: Tensor, part: slice) -> Tensor:
     return model.encode(pixels[part])
 
 
-class _Batches(Dataset[Tensor]):
-    """Some images of a dataset at a time, uint8, shape (N, 3, size, size)."""
+class _Batches(Dataset[tuple[int, bool, Tensor]]):
+    """Some images of a class at a time, uint8, shape (N, 3, size, size), with its label and whether it ends there."""
 
     def __init__(self, images: LabelledImages, size: int, resize: Resize) -> None:
         self.images, self.size, self.resize = images, size, resize
 
-    def __getitem__(self, indices: list[int]) -> Tensor:
-        return squares_of(self.images, self.size, self.resize, indices)
+    def __getitem__(self, batch: tuple[int, bool, list[int]]) -> tuple[int, bool, Tensor]:
+        label, ends, indices = batch
+        return label, ends, squares_of(self.images, self.size, self.resize, indices)

@@ -5,8 +5,7 @@ changed so that it stands for one nearer to the prototype, and the stock step do
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,24 +13,25 @@ from torch import Tensor
 
 from d4m_plugin.errors import InputError
 
+Step = Callable[..., Any]
 
-@contextmanager
-def pulled_toward(prototypes: Tensor, scheduler: Any, scale: float, stop: float) -> Iterator[None]:
-    """Have a scheduler's steps pull the clean latents that they are told of toward prototypes.
+
+def pulled_toward(prototypes: Tensor, scheduler: Any, step: Step, scale: float, stop: float) -> Step:
+    """Return a scheduler's step that pulls the clean latents that it is told of toward prototypes.
 
     At noise level s, the share of the noise in a latent's standard deviation, the predicted clean latent x becomes
     x + scale · s · (prototype - x). (MGD3's own form, in the posterior's variance, would vanish with DDIM.)
 
     Args:
         prototypes: where to, float32, of the shape of the latents that the scheduler gets.
-        scheduler: a diffusers scheduler, changed for the while.
+        scheduler: of diffusers.
+        step: the scheduler's own.
         scale: how far; 1 puts the prototype in the prediction's place where all is noise.
         stop: the share of the schedule, from the noise on, in which it pulls.
 
-    Raises:
-        InputError: where the scheduler predicts in a way of its own.
+    Returns:
+        The step, which raises InputError where the scheduler predicts in a way of its own.
     """
-    step = scheduler.step
 
     @functools.wraps(step)  # pipelines ask for its signature
     def pulled(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -40,11 +40,7 @@ def pulled_toward(prototypes: Tensor, scheduler: Any, scale: float, stop: float)
             model_output = _pulled(model_output, timestep, sample, scheduler, prototypes, scale)
         return step(model_output, timestep, sample, *args, **kwargs)
 
-    scheduler.step = pulled
-    try:
-        yield
-    finally:
-        del scheduler.step
+    return pulled
 
 
 def _pulled(
@@ -64,8 +60,12 @@ def _pulled(
     whole = (signal**2 + noise**2) ** 0.5
     predicts = scheduler.config.get("prediction_type") or "flow_prediction"  # which flow matching has no word for
     x, output = sample.float(), model_output.float()
-    if predicts == "epsilon":
-        clean, slope = (x - noise * output) / signal, -signal / noise  # slope: of the output by the clean latent
+    slope: float  # of the output by the clean latent
+    if hasattr(scheduler, "precondition_outputs"):  # EDM's, whatever it says that it predicts
+        clean = scheduler.precondition_outputs(x, output, noise)
+        slope = 1 / scheduler.precondition_outputs(0.0, 1.0, noise)
+    elif predicts == "epsilon":
+        clean, slope = (x - noise * output) / signal, -signal / noise
     elif predicts == "v_prediction":
         clean, slope = (signal * x / whole - noise * output) / whole, -whole / noise
     elif predicts == "flow_prediction":
@@ -81,9 +81,11 @@ def _pulled(
 
 
 def _levels(scheduler: Any, timestep: Any) -> tuple[float, float]:
-    """Return what clean latents and noise are multiplied by at a step, as the scheduler itself adds them."""
+    """Return what clean latents and noise are multiplied by at a step, as the scheduler itself has them."""
     times = torch.as_tensor(timestep).reshape(1)
     one, none = torch.ones(1), torch.zeros(1)
+    if hasattr(scheduler, "sigmas_interpol"):  # of KDPM2, whose every second pass is between the levels that it adds
+        return 1.0, float(scheduler.scale_model_input(one, timestep) ** -2 - 1) ** 0.5
     if hasattr(scheduler, "scale_noise"):
         return float(scheduler.scale_noise(one, times, none)), float(scheduler.scale_noise(none, times, one))
     return float(scheduler.add_noise(one, none, times)), float(scheduler.add_noise(none, one, times))

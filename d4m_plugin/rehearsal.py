@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d4m_plugin.cache import make_writable
 from d4m_plugin.checking import check_least
@@ -24,15 +24,22 @@ from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.screening import WithoutBadImages, readable_source
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources import Source
+from d4m_plugin.sources.splits import members_by_label
 from d4m_plugin.subsets import Chosen, at_most
-from d4m_plugin.synthesis import open_model, open_teacher, synthesise, warn_of_prompts
+from d4m_plugin.synthesis import check_denoising, open_model, open_teacher, synthesise, warn_of_prompts
 
 PNG_SHARE = 0.6  # of a photograph's pixels, what a PNG of them takes
+MUCH = 1e9  # bytes of the host's memory, which are worth a word
 PROBES = 4  # batches that are encoded to measure it, of which the fastest counts
 
 
 def estimate(
-    source: Source, recipe: Recipe, batch_size: int = BLOCK, compile: bool = False, num_workers: int = 0
+    source: Source,
+    recipe: Recipe,
+    batch_size: int = BLOCK,
+    compile: bool = False,
+    num_workers: int = 0,
+    keep_latents: bool = False,
 ) -> dict[str, Any]:
     """Return what a distilling takes: what is to be done, counted, and the time, from a short probe of each stage.
 
@@ -42,6 +49,7 @@ def estimate(
         batch_size: images that the model takes at once.
         compile: compile the model's denoiser; the time that it takes once is not in the estimate.
         num_workers: processes that will read real images; the probe reads in this one.
+        keep_latents: count the latents of all real images, which the run will keep in the cache.
 
     Returns:
         Names of the table's rows, in order, and their values.
@@ -50,14 +58,15 @@ def estimate(
     check_classes(source)
     resolved = recipe.resolved(source)
     model = open_model(resolved, compile)
-    warn_of_prompts(resolved.prompts(source.classes), resolved, model)
+    prompts = resolved.prompts(source.classes)
+    warn_of_prompts(prompts, resolved, model)
     resolution = model.check_resolution(resolved.resolution)
+    passes = check_denoising(resolved, model, prompts[0], resolution)
     images = source.train()
     if resolved.max_images_per_class is not None:
         images = at_most(images, resolved.max_images_per_class, resolved.seed)
     to_make = resolved.ipc * len(source.classes)
     steps, tries = model.steps_of(resolved.num_inference_steps, resolved.strength), resolved.oversample
-    passes = 2 if resolved.guidance_scale > 1 and model.guides_by_a_second_pass else 1
 
     def read(chosen: Tensor) -> None:
         for index in chosen.tolist():
@@ -78,8 +87,9 @@ def estimate(
     step, once = _denoising(model, latents[:1].expand(at_once, *latents.shape[1:]), source.classes[0], resolved)
     pixels = to_make * resolved.image_size**2 * 3
     prototypes = len(source.classes) * resolved.prototypes * latents[0].numel() * 2  # float16
-    parts = [part for part in model.pipeline.components.values() if isinstance(part, nn.Module)]
-    weights = sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part.parameters())
+    of_image = latents[0].numel() * latents.element_size()
+    of_class = of_image * max(map(len, members_by_label(images.targets).values()))
+    weights = sum(tensor.numel() * tensor.element_size() for part in model.modules for tensor in part.parameters())
     checked = isinstance(source, WithoutBadImages)  # by now
     check_all = 0 if checked else len(images) * reading / max(1, num_workers)
     encode_all = len(images) * encoding
@@ -87,10 +97,12 @@ def estimate(
     return {
         "images to encode": f"{len(images):,}, at {resolution} pixels",
         "images to make": f"{to_make:,}, {resolved.ipc} of each of {len(source.classes):,} classes",
-        "passes of the model": f"{to_make * tries * steps * passes:,}: {steps} steps an image, {passes} a step"
+        "passes of the model": f"{to_make * tries * passes:,}: {passes} an image, in {steps} steps"
         + (f", {tries} tries" if tries > 1 else ""),
-        "on disk": f"{_bytes(pixels * PNG_SHARE + prototypes)}, of which prototypes {_bytes(prototypes)}",
-        "memory": f"{_bytes(weights)} of weights{_peak(model.device)}",
+        "on disk": f"{_bytes(pixels * PNG_SHARE + prototypes)}, of which prototypes {_bytes(prototypes)}"
+        + (f"; {_bytes(of_image * len(images))} of latents, kept in the cache" if keep_latents else ""),
+        "memory": f"{_bytes(weights)} of weights{_peak(model.device)}"
+        + (f"; {_bytes(of_class)} of a class's latents, less by `max_images_per_class`" if of_class > MUCH else ""),
         "checking, once": f"{_duration(check_all)} ({_rate(reading)} in a process)",
         "encoding": f"{_duration(encode_all)} ({_rate(encoding)})",
         "synthesis": f"{_duration(make_all)} ({_rate(tries * (steps * step + once))})",
@@ -200,6 +212,7 @@ def preview(
     few = at_most(source.train(), min(of_class, resolved.max_images_per_class or of_class), resolved.seed)
     shown = list(range(min(classes, len(source.classes))))
     resolution = model.check_resolution(resolved.resolution)
+    check_denoising(resolved, model, prompts[0], resolution)
     prototypes = {
         label: cluster(latents, images, seed_of(resolved.seed, label))
         for label, latents in encode(few, shown, model, resolution, resolved.resize, batch_size, num_workers)

@@ -36,6 +36,31 @@ def open_model(recipe: ResolvedRecipe, compile: bool = False) -> LatentDiffusion
     return model
 
 
+def check_denoising(recipe: ResolvedRecipe, model: LatentDiffusion, prompt: str, resolution: int) -> int:
+    """Denoise a latent of zeros under a recipe's whole schedule, by one pass of the model.
+
+    Returns:
+        The passes that each image will take; a step under guidance is two, those of some schedulers are twice as many.
+
+    Raises:
+        InputError: where that cannot be done, which would otherwise show when all real images are encoded.
+    """
+    edge = resolution // model.pipeline.vae_scale_factor
+    latents = torch.zeros(1, model.pipeline.vae.config.latent_channels, edge, edge)
+    try:
+        with model.answering_once() as answers:
+            Batches(1).run(lambda _: _denoise(model, latents, [prompt], [torch.Generator()], recipe), 1)
+        return sum(len(answer[0]) for answer in answers)
+    except InputError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        named = f"`diffusion` is {recipe.diffusion!r}" + (
+            f" and `scheduler` {recipe.scheduler!r}" * bool(recipe.scheduler)
+        )
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{named}, with which {type(model.pipeline).__name__} makes no images ({reason}).") from error
+
+
 def warn_of_prompts(prompts: Sequence[str], recipe: ResolvedRecipe, model: LatentDiffusion) -> None:
     """Tell of prompts that the model does not read to their end, or was never shown.
 
@@ -106,18 +131,9 @@ def synthesise(
 
     def make(chosen: Sequence[int], keys: Sequence[tuple[int, ...]], batches: Batches) -> Tensor:
         def batch(some: slice) -> Tensor:
-            latents = model.denoise(
-                starts[chosen[some]],
-                [prompts[wanted[n][0]] for n in chosen[some]],
-                [generator_of(recipe.seed, *keys[n]) for n in chosen[some]],
-                negative_prompt=recipe.negative_prompt,
-                strength=recipe.strength,
-                guidance_scale=recipe.guidance_scale,
-                num_inference_steps=recipe.num_inference_steps,
-                mode_guidance_scale=recipe.mode_guidance_scale,
-                mode_guidance_stop=recipe.mode_guidance_stop,
-            )
-            return model.decode(latents, recipe.image_size)
+            texts = [prompts[wanted[n][0]] for n in chosen[some]]
+            generators = [generator_of(recipe.seed, *keys[n]) for n in chosen[some]]
+            return model.decode(_denoise(model, starts[chosen[some]], texts, generators, recipe), recipe.image_size)
 
         return torch.cat(batches.run(batch, len(chosen)))
 
@@ -144,6 +160,26 @@ def synthesise(
         "weight": torch.stack([prototypes[c].weights[k] for (c, _), k in zip(wanted, indices, strict=True)]),
         "seed": torch.tensor([seed_of(recipe.seed, *key) for key in keys]),
     }
+
+
+def _denoise(
+    model: LatentDiffusion,
+    latents: Tensor,
+    prompts: list[str],
+    generators: list[torch.Generator],
+    recipe: ResolvedRecipe,
+) -> Tensor:
+    return model.denoise(
+        latents,
+        prompts,
+        generators,
+        negative_prompt=recipe.negative_prompt,
+        strength=recipe.strength,
+        guidance_scale=recipe.guidance_scale,
+        num_inference_steps=recipe.num_inference_steps,
+        mode_guidance_scale=recipe.mode_guidance_scale,
+        mode_guidance_stop=recipe.mode_guidance_stop,
+    )
 
 
 def surest(candidates: Tensor, labels: Tensor, teacher: Teacher) -> Tensor:

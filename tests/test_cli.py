@@ -345,10 +345,21 @@ def test_a_dry_run_counts_and_makes_nothing(run, tmp_path):
     rows = table_of(out)
     assert rows["images to encode"] == "1,297, at 32 pixels"
     assert rows["images to make"] == "30, 3 of each of 10 classes"
-    assert rows["passes of the model"] == "420: 7 steps an image, 2 a step"
+    assert rows["passes of the model"] == "420: 14 an image, in 7 steps"
     assert rows["checking, once"].endswith("images/s in a process)")
     assert rows["in all"].endswith("and the clustering")
+    assert "latents" not in rows["on disk"] + rows["memory"]
     assert not (tmp_path / "set").exists()
+
+
+def test_a_dry_run_counts_latents_that_are_kept_and_tells_where_they_fill_the_memory(run, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.rehearsal.MUCH", 50_000)
+    words = ["--ipc", "1", "--num_inference_steps", "2", "--keep_latents", "true", "--max_images_per_class", "50"]
+    status, out, err = run("distill", "--dry_run", "true", *words)
+    assert status == 0, err
+    rows = table_of(out)  # of 500 images and of 50, at 4 x 8 x 8 numbers of 4 bytes
+    assert rows["on disk"].endswith("; 512 kB of latents, kept in the cache")
+    assert rows["memory"].endswith("; 51.2 kB of a class's latents, less by `max_images_per_class`")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

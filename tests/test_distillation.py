@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import weakref
 
 import datasets
 import numpy as np
@@ -108,6 +109,12 @@ def test_more_steps_than_the_schedule_has_are_told(squares):
 
 def test_as_many_steps_as_the_schedule_has_are_taken(squares):
     assert synthesis.open_model(Recipe(num_inference_steps=1000).resolved(squares))
+
+
+def test_a_model_that_makes_no_images_is_told_before_any_is_encoded(squares, monkeypatch):
+    monkeypatch.setattr(LatentDiffusion, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(InputError, match="and `scheduler` 'IPNDMScheduler', with which StableDiffusion"):
+        distill(squares, dataclasses.replace(RECIPE, scheduler="IPNDMScheduler"))
 
 
 def test_a_batch_has_an_image(squares):
@@ -516,6 +523,23 @@ def test_what_the_prompt_says_can_be_overridden(squares, tmp_path, monkeypatch):
         distill(squares, Recipe(class_names={"rot": "red"}))
 
 
+def test_latents_of_a_class_are_in_memory_once(squares):
+    made = []
+
+    class Model:
+        def encode(self, pixels):
+            assert sum(latents() is not None for latents in made) <= 1
+            latents = torch.full((len(pixels), 4, 8, 8), float(len(made)))
+            made.append(weakref.ref(latents))
+            return latents
+
+    found = dict(distillation.encode(squares.train(), [0, 2], Model(), 16, batch_size=2))
+    assert {label: latents[:, 0, 0, 0].tolist() for label, latents in found.items()} == {
+        0: [0, 0, 1, 1, 2, 2],
+        2: [3, 3, 4, 4, 5, 5],
+    }
+
+
 def test_no_more_images_of_a_class_are_encoded_than_asked_for(squares, monkeypatch):
     read = []
     get = toys._Squares.__getitem__
@@ -697,6 +721,8 @@ def test_where_memory_runs_out_batches_are_halved_and_the_set_is_the_same(square
 
         monkeypatch.setattr(LatentDiffusion, name, small)
     halved = distill(squares, RECIPE, output=tmp_path / "halved")
+    trial, *sizes = sizes
+    assert trial == 1
     assert sizes == [6, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 12, 6, 3, 2, 2, 2, 2, 2, 2]
     assert torch.equal(halved.images, whole.images)
     assert halved.targets == whole.targets

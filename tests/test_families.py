@@ -4,13 +4,15 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, StableDiffusionPipeline
+from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
 import d4m_plugin.rehearsal as rehearsal
 from d4m_plugin import InputError, LatentDiffusion, Recipe
+from d4m_plugin.diffusion import _make_scheduler
 from d4m_plugin.seeding import generator_of
-from d4m_plugin.synthesis import open_model
+from d4m_plugin.synthesis import check_denoising, open_model
 from tests import families
 from tests.toys import Squares
 
@@ -163,8 +165,27 @@ def test_the_steps_that_are_told_are_those_that_are_made(folder, family, steps, 
     assert len(made) == model.steps_of(steps, strength)
 
 
+@pytest.mark.parametrize(
+    ("family", "scheduler", "guidance_scale"),
+    [
+        *((family, None, 8.0) for family in families.FAMILIES),
+        ("sd", "HeunDiscreteScheduler", 1.0),
+        ("sd", "HeunDiscreteScheduler", 8.0),
+        ("sd", "PNDMScheduler", 8.0),
+    ],
+)
+def test_a_trial_counts_the_passes_that_are_made(folder, family, scheduler, guidance_scale):
+    options = {"num_inference_steps": 20, "guidance_scale": guidance_scale, "strength": 0.7}
+    recipe = Recipe(diffusion=folder(family), scheduler=scheduler, **options).resolved(Squares())
+    model, made = open_model(recipe), []
+    told = check_denoising(recipe, model, "a cat", 16)
+    model._denoiser.register_forward_hook(lambda denoiser, given, output: made.append(len(output[0])))
+    model.denoise(starts(model)[:1], ["a cat"], [generator_of(0)], **options)
+    assert told == sum(made)
+
+
 @pytest.mark.parametrize("scheduler", ["PNDMScheduler", "DDIMScheduler", "HeunDiscreteScheduler"])
-def test_a_dry_run_counts_the_passes_that_are_made(folder, scheduler, monkeypatch):
+def test_a_dry_run_times_the_passes_that_are_made(folder, scheduler, monkeypatch):
     recipe = Recipe(diffusion=folder("sd"), scheduler=scheduler, num_inference_steps=20).resolved(Squares())
     model, passes = open_model(recipe), []
     model.pipeline.unet.register_forward_hook(lambda *_: passes.append(1))
@@ -203,17 +224,100 @@ def test_a_dry_run_makes_do_with_the_memory_that_there_is(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "scheduler", ["IPNDMScheduler", "DDIMInverseScheduler", "RePaintScheduler", "ScoreSdeVeScheduler"]
+    ("family", "scheduler"),
+    [
+        *(
+            ("sd", kind)
+            for kind in ("IPNDMScheduler", "DDIMInverseScheduler", "RePaintScheduler", "ScoreSdeVeScheduler")
+        ),
+        *(("sd", kind) for kind in ("CogVideoXDPMScheduler", "DDPMWuerstchenScheduler")),
+        ("flux", "FlowMatchHeunDiscreteScheduler"),
+    ],
 )
-def test_a_scheduler_that_cannot_start_from_an_image_is_refused(folder, scheduler):
-    with pytest.raises(InputError, match=f"`scheduler` is '{scheduler}', which cannot start from a prototype"):
-        open_model(Recipe(diffusion=folder("sd"), scheduler=scheduler).resolved(Squares()))
+def test_a_scheduler_that_the_pipeline_cannot_use_is_refused(folder, family, scheduler):
+    recipe = Recipe(diffusion=folder(family), scheduler=scheduler).resolved(Squares())
+    says = (
+        f"`diffusion` is '.*' and `scheduler` '{scheduler}', with which .*Img2ImgPipeline makes no images \\(.+\\)\\.$"
+    )
+    with pytest.raises(InputError, match=says):
+        check_denoising(recipe, open_model(recipe), "a cat", 16)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "says"),
+    [
+        (lambda: families._of_stable_diffusion(in_channels=9), "StableDiffusionImg2ImgPipeline makes no images"),
+        (
+            lambda: diffusers.FluxKontextPipeline(**families.flux().components),
+            "FluxKontextPipeline makes no images .*strength",
+        ),
+    ],
+    ids=["inpainting", "no strength"],
+)
+def test_a_pipeline_that_makes_no_images_of_latents_is_refused(tmp_path, pipeline, says):
+    pipeline().save_pretrained(tmp_path)
+    recipe = Recipe(diffusion=str(tmp_path)).resolved(Squares())
+    with pytest.raises(InputError, match=says):
+        check_denoising(recipe, open_model(recipe), "a cat", 16)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_trial_is_one_pass_that_compiles_nothing_and_draws_nothing(folder, compile):
+    recipe, passes = Recipe(diffusion=folder("sd")).resolved(Squares()), []
+    model = open_model(recipe, compile)
+    model.pipeline.unet.register_forward_hook(lambda *_: passes.append(1))
+    torch.manual_seed(0)
+    check_denoising(recipe, model, "a cat", 16)
+    assert len(passes) == 1
+    assert bool(model.pipeline.unet._compiled_call_impl) == compile
+    assert torch.equal(torch.get_rng_state(), torch.manual_seed(0).get_state())
 
 
 def test_a_flow_by_another_scheduler_is_denoised(folder):
     model = open_model(Recipe(diffusion=folder("sd3"), scheduler="FlowMatchHeunDiscreteScheduler").resolved(Squares()))
     latents = model.denoise(starts(model)[:1], ["a cat"], [generator_of(0)], num_inference_steps=4)
     assert latents.isfinite().all()
+
+
+@pytest.mark.parametrize("mode_guidance_scale", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("family", "scheduler", "options"),
+    [
+        ("flux", "FlowMatchLCMScheduler", {}),
+        ("sd3", None, {"stochastic_sampling": True}),
+        ("sd", "EulerAncestralDiscreteScheduler", {}),
+    ],
+)
+def test_the_generators_decide_all_noise(folder, family, scheduler, options, mode_guidance_scale):
+    model = LatentDiffusion(folder(family), scheduler=scheduler, scheduler_options=options, dtype=torch.float32)
+
+    def denoised(seed, some=slice(3)):
+        torch.manual_seed(seed)
+        generators = [generator_of(1, index) for index in range(3)]
+        options = {"num_inference_steps": 4, "mode_guidance_scale": mode_guidance_scale}
+        return model.denoise(starts(model)[some], PROMPTS[some], generators[some], **options)
+
+    assert torch.equal(denoised(1), denoised(2))
+    torch.testing.assert_close(denoised(1)[1:2], denoised(1, slice(1, 2)), atol=1e-3, rtol=1e-3)
+
+
+def test_the_scheduler_is_as_it_was_after_an_error(folder):
+    model = LatentDiffusion(folder("sd"))
+    with pytest.raises(ValueError, match="strength"):
+        model.denoise(starts(model), PROMPTS, [generator_of(0)] * 3, strength=2.0, mode_guidance_scale=0.1)
+    assert "step" not in vars(model.pipeline.scheduler)
+
+
+def test_a_scheduler_with_noise_of_its_own_is_refused(folder, monkeypatch):
+    class DPMSolverSDEScheduler(diffusers.EulerDiscreteScheduler):  # whose package is no dependency
+        @register_to_config
+        def __init__(self, beta_schedule="linear", noise_sampler_seed=None):
+            super().__init__(beta_schedule=beta_schedule)
+            self.register_to_config(noise_sampler_seed=noise_sampler_seed)
+
+    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", DPMSolverSDEScheduler)
+    with pytest.raises(InputError, match="`scheduler` is 'DPMSolverSDEScheduler', whose noise `seed` does not decide"):
+        open_model(Recipe(diffusion=folder("sd"), scheduler="DPMSolverSDEScheduler").resolved(Squares()))
 
 
 def test_a_scheduler_whose_package_is_missing_is_refused(folder, monkeypatch):
@@ -247,6 +351,13 @@ def test_a_schedulers_options_are_taken_or_refused(folder):
         LatentDiffusion(folder("sd"), scheduler_options={"karras": True})
 
 
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler"])
+def test_latents_are_not_cut_to_the_range_of_pixels_unless_asked(scheduler):
+    own = diffusers.PNDMScheduler()  # whose configuration has no such option
+    assert not _make_scheduler(own, scheduler, {}).config.clip_sample
+    assert _make_scheduler(own, scheduler, {"clip_sample": True}).config.clip_sample
+
+
 def test_a_vae_of_the_same_latents_may_take_the_models_place(folder, tmp_path):
     from diffusers import AutoencoderTiny
 
@@ -274,12 +385,13 @@ def test_a_vae_of_the_same_latents_may_take_the_models_place(folder, tmp_path):
 def test_only_what_a_stage_needs_is_on_the_device(folder, family, monkeypatch):
     """The device is the CPU by another name here, so that going there can be told from going back."""
     device = torch.device("cpu:0")
-    there, seen = set(), []
+    there, seen, together = set(), [], []
     move = torch.nn.Module.to
 
     def spy(module, *args, **kwargs):
         if args and args[0] == device and isinstance(args[0], torch.device):
             there.add(module)
+            together.append(there.copy())
         elif args == ("cpu",):
             there.discard(module)
         return move(module, *args, **kwargs)
@@ -288,8 +400,8 @@ def test_only_what_a_stage_needs_is_on_the_device(folder, family, monkeypatch):
     model = LatentDiffusion(folder(family), device=device, dtype=torch.float32)
     parts = {part: name for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
-    def names():
-        return {parts[part].split("_encoder")[0] for part in there}
+    def names(on_it=there):
+        return {parts[part].split("_encoder")[0] for part in on_it}
 
     for part in parts:
         if parts[part] != "vae":
@@ -299,8 +411,44 @@ def test_only_what_a_stage_needs_is_on_the_device(folder, family, monkeypatch):
     assert names() == {"vae"}
     for prompt in ("a cat", "a dog"):
         model.decode(model.denoise(latents, [prompt], [generator_of(0)], num_inference_steps=2))
-    assert {name for name, _ in seen} == {"text", "transformer" if family in ("sd3", "flux") else "unet"}
+    with model.answering_once():
+        model.denoise(latents, ["a cow"], [generator_of(0)], num_inference_steps=2)
+    assert names() == {"vae"}
+    denoiser = "transformer" if family in ("sd3", "flux") else "unet"
+    assert {name for name, _ in seen} == {"text", denoiser}
     assert all(on_it == {"vae", name} for name, on_it in seen)
+    assert all(names(on_it) <= {"vae", "text"} or names(on_it) == {"vae", denoiser} for on_it in together)
+
+
+@pytest.fixture
+def half(folder):
+    """SD3 in float16 as an accelerator holds it, with a weight in T5 that overflows there and that T5 keeps whole."""
+    model = LatentDiffusion(folder("sd3"), dtype=torch.float16)
+    model.pipeline = AutoPipelineForImage2Image.from_pretrained(folder("sd3"), dtype=torch.float16)
+    weight = model.pipeline.text_encoder_3.encoder.block[0].layer[1].DenseReluDense.wo.weight
+    assert weight.dtype == torch.float32
+    with torch.no_grad():
+        weight[0, 0] = 1e5
+    return model
+
+
+def test_text_is_encoded_in_the_precision_that_each_weight_is_kept_in(half):
+    with torch.inference_mode():
+        expected = half.pipeline.encode_prompt("a cat", None, None, do_classifier_free_guidance=True, device="cpu")
+    found = half.encode_prompt("a cat", "")
+    assert found["prompt_embeds"].isfinite().all()
+    assert all(torch.equal(*pair) for pair in zip(found.values(), expected, strict=True))
+
+
+def test_each_weight_is_as_it_was_after_full_precision(half):
+    def weights():
+        return [each.clone() for part in half.modules for each in (*part.parameters(), *part.buffers())]
+
+    before = weights()
+    with half.full_precision():
+        assert {each.dtype for each in weights() if each.is_floating_point()} == {torch.float32}
+    for now, then in zip(weights(), before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
 
 
 def test_large_images_are_decoded_a_few_at_a_time_with_the_same_result(folder, monkeypatch):
