@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from d4m_plugin.errors import InputError
 
@@ -79,6 +81,11 @@ def checksum(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(content: Any) -> str:
+    """Return the SHA-256 of what JSON can hold, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -5,7 +5,6 @@
 """
 
 import functools
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -19,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from d4m_plugin.cache import checksum
+from d4m_plugin.cache import checksum, digest
 from d4m_plugin.devices import Batches, autocast, compute_dtype, default_device
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import why_unread
@@ -524,8 +523,3 @@ def model_digest(model: str) -> str:
     for path in filter(Path.is_file, files):
         parts += [str(path.relative_to(place)), checksum(path)]
     return digest(parts) if parts else ""
-
-
-def digest(parts: list[str]) -> str:
-    """Return a hash of some strings."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from d4m_plugin.assembling import write_set
-from d4m_plugin.cache import aside_of, flush, make_writable, refusal_of, resolve_cache_dir
+from d4m_plugin.cache import aside_of, digest, flush, make_writable, refusal_of, resolve_cache_dir
 from d4m_plugin.checking import check_least
 from d4m_plugin.devices import Batches
-from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
+from d4m_plugin.diffusion import LatentDiffusion, model_digest
 from d4m_plugin.distilled import DistilledDataset, with_png
 from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError, InputWarning
@@ -183,8 +183,7 @@ def _distil_into(
     resolution = model.check_resolution(recipe.resolution)
     prompts = recipe.prompts(source.classes)
     warn_of_prompts(prompts, recipe, model)
-    blocks = [block_file(work, number) for number in range(math.ceil(len(prompts) * recipe.ipc / BLOCK))]
-    if not all(block.exists() for block in blocks):
+    if not all(block.exists() for block in block_files(work, recipe, len(prompts))):
         check_denoising(recipe, model, prompts[0], resolution)
     images, fingerprint_of_images = source.train(), source.fingerprint
     if recipe.max_images_per_class is not None:
@@ -207,24 +206,7 @@ def _distil_into(
     say(f"{len(prompts) * recipe.ipc:,} images to make from {len(images):,}, in {tries}{steps} steps each.")
     make_prototypes(work, counts, encoded, recipe, kept, keep_latents)
     make_images(work, prompts, recipe, model, teacher, batch_size)
-    classes = [class_file(work, label) for label in range(len(prompts))]
-    with (
-        Progress("Writing", 1, " set", delay=SILENCE) as progress,
-        Units(work, {WRITTEN: 1}, Path.stat, progress) as units,
-    ):
-        for free in units.rounds():
-            for name in free:
-                if not _is_finished(folder):
-                    own = aside_of(work / "set")
-                    shutil.rmtree(own, ignore_errors=True)  # of a process that was killed, and had this one's number
-                    try:
-                        write_set(own, work.name, source, recipe, model, classes, blocks)
-                        own.replace(folder)
-                    finally:
-                        shutil.rmtree(own, ignore_errors=True)  # as after an error: the disk may be full
-                    with suppress(OSError):  # not every file system can
-                        flush(folder.parent)
-                (work / name).touch()
+    make_set(folder, work, source, recipe, model)
 
 
 def make_prototypes(
@@ -323,8 +305,8 @@ def make_images(
 ) -> None:
     """Have the distilled images in `work` in blocks, from the prototypes there."""
     wanted = [(label, index) for label in range(len(prompts)) for index in range(recipe.ipc)]
-    starts = range(0, len(wanted), BLOCK)
-    blocks = {block_file(work, number).name: wanted[start : start + BLOCK] for number, start in enumerate(starts)}
+    files = block_files(work, recipe, len(prompts))
+    blocks = {file.name: wanted[n * BLOCK : (n + 1) * BLOCK] for n, file in enumerate(files)}
     batches = Batches(batch_size)
     sizes = {name: len(block) for name, block in blocks.items()}
     with Progress("Synthesising", len(wanted)) as progress, Units(work, sizes, load_tensors, progress) as units:
@@ -335,6 +317,29 @@ def make_images(
                 prototypes = {label: load_prototypes(work, label) for label in labels}
                 columns = synthesise(blocks[name], prototypes, prompts, recipe, model, teacher, batches)
                 save_tensors(work / name, with_png(columns), synthesise=time.perf_counter() - started)
+
+
+def make_set(folder: Path, work: Path, source: Source, recipe: ResolvedRecipe, model: LatentDiffusion) -> None:
+    """Have the finished set in `folder`, from the prototypes and blocks in `work`."""
+    classes = [class_file(work, label) for label in range(len(source.classes))]
+    blocks = block_files(work, recipe, len(classes))
+    with (
+        Progress("Writing", 1, " set", delay=SILENCE) as progress,
+        Units(work, {WRITTEN: 1}, Path.stat, progress) as units,
+    ):
+        for free in units.rounds():
+            for name in free:
+                if not _is_finished(folder):
+                    own = aside_of(work / "set")
+                    shutil.rmtree(own, ignore_errors=True)  # of a process that was killed, and had this one's number
+                    try:
+                        write_set(own, work.name, source, recipe, model, classes, blocks)
+                        own.replace(folder)
+                    finally:
+                        shutil.rmtree(own, ignore_errors=True)  # as after an error: the disk may be full
+                    with suppress(OSError):  # not every file system can
+                        flush(folder.parent)
+                (work / name).touch()
 
 
 def load_prototypes(work: Path, label: int) -> Prototypes:
@@ -348,9 +353,9 @@ def class_file(work: Path, label: int) -> Path:
     return work / f"class-{label:06d}.safetensors"
 
 
-def block_file(work: Path, number: int) -> Path:
-    """Return where a block of images lies while its set is made."""
-    return work / f"block-{number:06d}.safetensors"
+def block_files(work: Path, recipe: ResolvedRecipe, classes: int) -> list[Path]:
+    """Return where the blocks of images lie while their set is made."""
+    return [work / f"block-{number:06d}.safetensors" for number in range(math.ceil(classes * recipe.ipc / BLOCK))]
 
 
 def _latents_file(folder: Path, label: int) -> Path:

@@ -1,7 +1,6 @@
 """Where a teacher comes from, what it wants to see, and the order of its classes."""
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d4m_plugin.cache import resolve_cache_dir
+from d4m_plugin.cache import digest, resolve_cache_dir
 from d4m_plugin.checking import fault_of, read_json
 from d4m_plugin.devices import autocast, compute_dtype
 from d4m_plugin.diffusion import ASSETS, EMBEDDED, model_digest
@@ -215,7 +214,7 @@ def _trained_once(source: Source, cache_dir: str | Path | None) -> Path:
     from d4m_plugin.teaching import train_teacher
 
     sees = [source.image_size, source.mean, source.std, source.flip]
-    key = hashlib.sha256(json.dumps([source.fingerprint, list(source.classes), sees]).encode()).hexdigest()[:12]
+    key = digest([source.fingerprint, list(source.classes), sees])[:12]
     path = resolve_cache_dir(cache_dir) / "teachers" / f"{source.name}-{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with in_turn(path, "trains the teacher"):

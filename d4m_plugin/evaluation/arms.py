@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from d4m_plugin.cache import digest
 from d4m_plugin.devices import default_device
-from d4m_plugin.diffusion import LatentDiffusion, digest, model_digest
+from d4m_plugin.diffusion import LatentDiffusion, model_digest
 from d4m_plugin.distillation import BLOCK
 from d4m_plugin.distilled import png, read_prototypes, shards
 from d4m_plugin.encoding import encode

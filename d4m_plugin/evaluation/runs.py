@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from d4m_plugin.cache import resolve_cache_dir
+from d4m_plugin.cache import digest, resolve_cache_dir
 from d4m_plugin.callbacks import TeacherMatching
 from d4m_plugin.checking import check_least
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import default_device
-from d4m_plugin.diffusion import digest
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import ARMS, Arm, Arms
 from d4m_plugin.loading import Held
