@@ -1,7 +1,6 @@
 """Upload a distilled set to the Hugging Face Hub in one commit, and read it back."""
 
 import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from d4m_plugin.card import merged_card
 from d4m_plugin.distilled import DistilledDataset, checksums, features_of
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import Repository, persistently
+from d4m_plugin.record import encoded
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _commit(api: Any, dataset: DistilledDataset, repo_id: str, metadata: dict[st
         card = Path(file).read_bytes()
     files: dict[str, Any] = {f"{config}/{path.name}": path for path in sorted(dataset.folder.iterdir())}
     size = sum(path.stat().st_size for path in dataset.folder.glob("*.parquet"))
-    files[f"{config}/d4m.json"] = _encoded(metadata)
+    files[f"{config}/d4m.json"] = encoded(metadata)
     files["README.md"] = merged_card(card, config, metadata, size, repo_id, there).encode()
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in sorted(of_config - set(files))]
@@ -120,7 +120,7 @@ def _compare(dataset: DistilledDataset, repo_id: str, commit: str, metadata: dic
     from datasets import load_dataset_builder
 
     config = dataset.folder.name
-    sent = checksums(dataset.folder) | {"d4m.json": hashlib.sha256(_encoded(metadata)).hexdigest()}
+    sent = checksums(dataset.folder) | {"d4m.json": hashlib.sha256(encoded(metadata)).hexdigest()}
     found = checksums(Repository(repo_id, commit, []).fetch(config, whole=True))
     features = persistently(lambda: load_dataset_builder(repo_id, config, revision=commit).info.features, repo_id)
     differs = sorted(name for name in sent.keys() | found.keys() if sent.get(name) != found.get(name))
@@ -130,7 +130,3 @@ def _compare(dataset: DistilledDataset, repo_id: str, commit: str, metadata: dic
         raise InputError(
             f"{repo_id} at {commit} differs from {str(dataset.root)!r} in {', '.join(differs)}: push anew."
         )
-
-
-def _encoded(metadata: dict[str, Any]) -> bytes:
-    return json.dumps(metadata, indent=2).encode()
