@@ -70,6 +70,22 @@ def client(hub, tmp_path):
     return run
 
 
+@pytest.fixture
+def here(hub, tmp_path, monkeypatch):
+    """Lets this process see the server as the Hub, logged in and with nothing fetched: no client takes seconds."""
+    from huggingface_hub import constants
+
+    address = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    own = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": address, "HF_HUB_CACHE": str(tmp_path / "hf")}
+    for name, value in (own | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
+        monkeypatch.setattr(constants, name, value)
+    for name, value in (("HF_ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_DATASETS_CACHE", tmp_path / "rows")):
+        monkeypatch.setattr(datasets.config, name, value)
+    monkeypatch.setattr("d4m_plugin.hub.WAITS", (0, 0))
+    monkeypatch.setenv("HF_TOKEN", hub_server.WRITER)
+    return hub
+
+
 def pushing(folder, repo=REPO, **options):
     return f"""
 from d4m_plugin import DistilledDataset
@@ -198,6 +214,15 @@ def test_a_set_is_replaced_whole_and_pushed_once(hub, client, made, squares, tmp
         f"ipc-2/{path.name}" for path in other.folder.iterdir()
     }
     assert hub.repos["dataset", REPO].commits[-1][1]["ipc-2/preview.png"] == other.preview.read_bytes()
+
+
+def test_a_set_of_the_hub_is_pushed_again_whole_and_other_peoples_files_stay(here, made):
+    made.push_to_hub(REPO)
+    pushed = files_of(here)
+    here.dataset(REPO, pushed | {"ipc-2/NOTES.md": b"mine", "ipc-2/notes.png": b"mine"})
+    commit = DistilledDataset(REPO).push_to_hub(REPO, tag="v2")
+    assert here.repos["dataset", REPO].tags == {"v2": commit}
+    assert files_of(here) == pushed | {"ipc-2/NOTES.md": b"mine", "ipc-2/notes.png": b"mine"}
 
 
 def test_a_commit_between_is_merged_with(hub, client, made):

@@ -306,6 +306,8 @@ def test_what_the_record_does_not_know_is_not_pushed(made, tmp_path):
         with pytest.raises(InputError, match=rf"{name}' is not as its d4m.json records it, or not recorded at all"):
             push(made, "me/squares", False, None, None, None)
         (made.folder / name).unlink()
+    with pytest.raises(InputError, match=r"preview.png' is missing; make or fetch the set anew"):
+        push(made, "me/squares", False, None, None, None)
 
 
 def test_any_class_name_is_distilled_and_read_by_anyone(random_pipeline, tmp_path):
