@@ -57,7 +57,9 @@ def push(
     commit = persistently(lambda: _commit(api, dataset, repo_id, metadata), repo_id, str(dataset.root))
     if tag is not None:
         name = tag  # which is not None
-        persistently(lambda: api.create_tag(repo_id, tag=name, revision=commit, repo_type="dataset"), repo_id)
+        options = {"tag": name, "revision": commit, "repo_type": "dataset"}
+        # It may be there by an earlier try, whose answer was lost.
+        persistently(lambda: api.create_tag(repo_id, **options, exist_ok=True), repo_id)
     _compare(dataset, repo_id, commit, metadata)
     return commit
 

@@ -239,6 +239,14 @@ def test_an_answer_that_is_lost_is_not_a_second_commit(hub, client, made):
     assert [oid for oid, _ in hub.repos["dataset", REPO].commits][1:] == [commit]
 
 
+def test_an_answer_about_a_tag_that_is_lost_is_no_failure(here, made):
+    here.faults = [hub_server.Fault("POST", "/tag/", after=True)]
+    commit = made.push_to_hub(REPO, tag="v1")
+    assert here.repos["dataset", REPO].tags == {"v1": commit}
+    with pytest.raises(InputError, match="`tag` is 'v1', which me/squares-d4m has already; name another"):
+        made.push_to_hub(REPO, tag="v1")
+
+
 def test_what_arrives_changed_is_noticed(hub, client, made):
     """A Hub that gives back other bytes than it got."""
     made_commit = hub_server.Handler.make_commit
