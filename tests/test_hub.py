@@ -14,6 +14,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 from d4m_plugin import DistilledDataset, InputError, Recipe, distill
+from d4m_plugin.card import merged_card
 from d4m_plugin.distilled import checksums, with_png, write_parquet
 from d4m_plugin.hub import persistently, without_folders
 from tests import families, hub_server
@@ -201,6 +202,14 @@ except InputError as error:
 """)
     assert "whose data (train.csv) has no config that names it" in said
     assert len(hub.repos["dataset", REPO].commits) == 1
+
+
+@pytest.mark.parametrize("name", ["0.jpeg", "a/IMG_1.JPG", "b.webp", "c.csv.gz", "d.tar", "e.zip", "f.txt"])
+def test_data_of_any_kind_is_not_hidden(made, name):
+    others = [".gitattributes", "README.md", "LICENSE", name]
+    with pytest.raises(InputError, match=rf"whose data \({name}\) has no config that names it; name another"):
+        merged_card(None, "ipc-2", made.metadata, 1, REPO, others)
+    assert merged_card(None, "ipc-2", made.metadata, 1, REPO, others[:-1])
 
 
 def test_a_set_is_replaced_whole_and_pushed_once(hub, client, made, squares, tmp_path):
