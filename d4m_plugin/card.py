@@ -205,7 +205,7 @@ def _add_metadata(data: Any, config: str, metadata: dict[str, Any], size: int) -
         configs[0]["default"] = True
     data.configs = configs
 
-    licenses = sorted({source["license"], metadata["model"]["license"]})
+    licenses = sorted({each for part in (source, metadata["model"]) for each in part["license"].split(", ")})
     _add(data, "license", licenses)
     if len(configs) == 1 and "unknown" not in licenses:  # as it was before somebody told
         data.license = [each for each in data.license if each != "unknown"]
