@@ -13,10 +13,12 @@ import pytest
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from d4m_plugin import DistilledDataset, InputError, Recipe, distill
+from d4m_plugin import D4MDataModule, DistilledDataset, InputError, Recipe, distill
 from d4m_plugin.card import merged_card
+from d4m_plugin.datamodules import d4m
 from d4m_plugin.distilled import checksums, with_png, write_parquet
-from d4m_plugin.hub import persistently, without_folders
+from d4m_plugin.errors import InputWarning
+from d4m_plugin.hub import NotOnTheHub, persistently, without_folders
 from tests import families, hub_server
 from tests.toys import Squares
 
@@ -525,6 +527,20 @@ print(json.dumps([data.image_size, len(data.training_set), data.distilled.recipe
     assert found[:3] == [8, 6, 0.5]
     assert "has strength 0.5 (asked for: 0.6)" in found[3]
     assert "has the classes red, green / blue, ünï 🦆 (asked for: red, green, blue)" in found[4]
+
+
+def test_that_the_hub_hides_a_repository_is_told_before_its_set_is_made_here(here, squares, monkeypatch, capsys):
+    here.dataset("me/private", private=True)
+    monkeypatch.setenv("HF_TOKEN", hub_server.READER)
+    data = D4MDataModule(squares, hub_id="me/private", ipc=2, num_inference_steps=2)
+    monkeypatch.setattr(d4m, "distill", lambda *_, **__: 1 / 0)
+    says = "`hub_id` is 'me/private', .* check the name, and log in .* where it is private. The set is made here"
+    with pytest.warns(InputWarning, match=says), pytest.raises(ZeroDivisionError):
+        _ = data.distilled
+    assert "has no ipc-2" not in capsys.readouterr().err
+    for options in ({"revision": "v1"}, {"config_name": "ipc-2"}):
+        with pytest.raises(NotOnTheHub, match="or hides it from you"):
+            D4MDataModule(squares, hub_id="me/private", **options)
 
 
 @pytest.mark.parametrize(
