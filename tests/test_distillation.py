@@ -13,10 +13,13 @@ import torch
 from huggingface_hub import DatasetCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import d4m_plugin.assembling as assembling
 import d4m_plugin.diffusion as diffusion
 import d4m_plugin.distillation as distillation
+import d4m_plugin.distilled as distilled
 import d4m_plugin.synthesis as synthesis
 from d4m_plugin import D4MDataModule, Digits, DistilledDataset, InputError, LatentDiffusion, Recipe, Teacher, distill
 from d4m_plugin.devices import Batches
@@ -762,6 +765,25 @@ def test_labels_of_an_own_source_that_are_none_are_told_before_any_work(squares,
         distill(squares, Recipe(ipc=1, num_inference_steps=2))
     with pytest.raises(InputError, match=r"the `targets` of squares must be a whole number .* below 3"):
         D4MDataModule(squares, train_on="real").train_dataloader()
+
+
+def test_an_image_is_decoded_alone_until_all_are(squares, monkeypatch):
+    whole = distill(squares, Recipe(ipc=2, num_inference_steps=2))
+    made, read, rows = DistilledDataset(whole.root, transform=pil_to_tensor), distilled.read_image, []
+
+    def noting(file, name):
+        rows.append(name)
+        return read(file, name)
+
+    monkeypatch.setattr(distilled, "read_image", noting)
+    assert torch.equal(made[-1][0], whole.images[5])
+    assert rows[-1:] == ["row 5"]
+    assert len(rows) == 1 + 6  # of the other set, all
+    monkeypatch.setattr(distilled, "_read_images", None)
+    by_workers = torch.cat([images for images, _ in DataLoader(made, 2, num_workers=2)])
+    assert torch.equal(by_workers, whole.images)
+    monkeypatch.setattr(distilled, "read_image", None)
+    assert torch.equal(pil_to_tensor(whole[3][0]), whole.images[3])
 
 
 def test_prototypes_are_drawn_at_the_size_of_the_images(squares):
