@@ -29,9 +29,9 @@ from d4m_plugin.preview import grid
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources.images import to_pixels
-from d4m_plugin.subsets import Chosen
+from d4m_plugin.subsets import Chosen, random_subset
 from d4m_plugin.synthesis import synthesise
-from d4m_plugin.teachers import load_teacher
+from d4m_plugin.teachers import check_above_chance, load_teacher
 from tests import toys
 from tests.toys import Squares
 
@@ -765,6 +765,26 @@ def test_labels_of_an_own_source_that_are_none_are_told_before_any_work(squares,
         distill(squares, Recipe(ipc=1, num_inference_steps=2))
     with pytest.raises(InputError, match=r"the `targets` of squares must be a whole number .* below 3"):
         D4MDataModule(squares, train_on="real").train_dataloader()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32])
+def test_labels_may_be_of_any_whole_type(squares, kind, monkeypatch):
+    class Named(torch.nn.Module):
+        def forward(self, images):
+            return images.mean((2, 3))  # red, green and blue are the classes
+
+    def short(split):
+        images = split(squares)
+        images.targets = np.asarray(images.targets, kind)
+        return images
+
+    train, test = Squares.train, Squares.test
+    monkeypatch.setattr(Squares, "train", lambda self: short(train))
+    monkeypatch.setattr(Squares, "test", lambda self: short(test))
+    assert distill(squares, Recipe(ipc=1, num_inference_steps=2)).targets == [0, 1, 2]
+    assert random_subset(squares, 1, seed=0).targets.tolist() == [0, 1, 2]
+    teacher = Teacher(Named(), squares.classes, 16, [0.5] * 3, [0.5] * 3)
+    assert check_above_chance(teacher, squares).startswith("names 100% of 12")
 
 
 def test_an_image_is_decoded_alone_until_all_are(squares, monkeypatch):
