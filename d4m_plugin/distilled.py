@@ -325,12 +325,15 @@ def read_prototypes(file: Path, recipe: dict[str, Any], classes: int) -> list[Pr
 
 
 def features_of(classes: list[str], with_logits: bool = False) -> Any:
-    """Return the columns of a set as `datasets.Features`, which number the second class of a name: "crane (2)"."""
+    """Return the columns of a set as `datasets.Features`, which number the second class of a name: "crane (2)".
+
+    A name's U+0085, a line's end to YAML alone, is a space, as which a card would be read.
+    """
     from datasets import ClassLabel, Features, List, Value
     from datasets import Image as ImageFeature
 
     names: dict[str, None] = {}  # in order
-    for name in classes:
+    for name in (each.replace("\x85", " ") for each in classes):
         number, unique = 1, name
         while unique in names:
             number += 1

@@ -227,6 +227,15 @@ def test_a_set_is_replaced_whole_and_pushed_once(hub, client, made, squares, tmp
     assert hub.repos["dataset", REPO].commits[-1][1]["ipc-2/preview.png"] == other.preview.read_bytes()
 
 
+def test_a_class_name_that_yaml_would_fold_is_pushed(here, squares, tmp_path):
+    squares.classes = ("a\x85b", "a b", "\u2028 \x0b c")
+    made = distill(squares, RECIPE, output=tmp_path / "set")
+    commit = made.push_to_hub(REPO)
+    assert DistilledDataset(REPO).classes == list(squares.classes)
+    read = datasets.load_dataset_builder(REPO, "ipc-2", revision=commit).info.features["label"].names
+    assert read == ["a b", "a b (2)", "\u2028 \x0b c"]
+
+
 def test_a_set_of_the_hub_is_pushed_again_whole_and_other_peoples_files_stay(here, made):
     made.push_to_hub(REPO)
     pushed = files_of(here)
