@@ -108,7 +108,7 @@ class DistilledDataset(VisionDataset):
     ) -> str:
         """Upload the set, in one commit, to a dataset repository, and read it back.
 
-        Other sets and other people's text there stay.
+        Other sets, and other people's files and text there, stay.
 
         Args:
             repo_id: the repository, as user/name; made where it is not there.
