@@ -25,7 +25,7 @@ from d4m_plugin.errors import InputWarning
 from d4m_plugin.hub import license_of, without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.recipe import MODELS, ResolvedRecipe
-from d4m_plugin.record import FORMAT
+from d4m_plugin.record import FORMAT, write_record
 from d4m_plugin.screening import WithoutBadImages
 from d4m_plugin.sources import Source
 from d4m_plugin.units import load_tensors, seconds_of, write_tensors
@@ -95,7 +95,7 @@ def write_set(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "checksums": checksums(folder),
     }
-    (folder / "d4m.json").write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+    write_record(metadata, folder)
     write_card(root, recipe.config_name, metadata)
     for path in filter(Path.is_file, root.rglob("*")):
         flush(path)

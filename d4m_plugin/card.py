@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypedDict
 from urllib.parse import quote
 
@@ -21,7 +21,6 @@ from d4m_plugin.hub import card_of
 from d4m_plugin.recipe import Recipe
 
 MARKUP = re.compile(r"[`<>&|\[\]*\\]")
-DATA = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar", ".zip", ".png", ".jpg")  # what a config may name
 
 NOT_GIVEN = {"max_images_per_class": "all", "diffusion_revision": "the newest", "teacher": "none", "lora": "none"}
 ABOUT = """
@@ -169,7 +168,7 @@ def merged_card(
         merged.data["pretty_name"] = f"{source['name']}, distilled"
     if fault := fault_of({key: value for key, value in vars(merged.data).items() if value is not None}, CardFields, ""):
         raise InputError(f"{place} is no card of a dataset ({fault}); mend it first.")
-    hidden = [name for name in others if name.endswith(DATA)]
+    hidden = [name for name in others if _is_data(name)]
     if hidden and not merged.data.get("configs"):  # `datasets` finds data that no config names only where none are
         raise InputError(f"`hub_id` is {hub_id!r}, whose data ({hidden[0]}) has no config that names it; name another.")
     _add_metadata(merged.data, config, metadata, size)
@@ -177,6 +176,16 @@ def merged_card(
     text = _with_part(text, "about", _about(config, metadata, hub_id))
     text = _with_part(text, config, _set(config, metadata))
     return f"---\n{merged.data.to_yaml()}\n---\n\n{text}\n"
+
+
+def _is_data(name: str) -> bool:
+    """Whether `datasets` would load a file of a repository where no config names others."""
+    from datasets.data_files import FILES_TO_IGNORE
+    from datasets.packaged_modules import _EXTENSION_TO_MODULE
+
+    if PurePath(name).name in FILES_TO_IGNORE:
+        return False
+    return name.lower().endswith((*_EXTENSION_TO_MODULE, ".zip", ".gz"))
 
 
 def _add_metadata(data: Any, config: str, metadata: dict[str, Any], size: int) -> None:
@@ -196,7 +205,7 @@ def _add_metadata(data: Any, config: str, metadata: dict[str, Any], size: int) -
         configs[0]["default"] = True
     data.configs = configs
 
-    licenses = sorted({source["license"], metadata["model"]["license"]})
+    licenses = sorted({each for part in (source, metadata["model"]) for each in part["license"].split(", ")})
     _add(data, "license", licenses)
     if len(configs) == 1 and "unknown" not in licenses:  # as it was before somebody told
         data.license = [each for each in data.license if each != "unknown"]

@@ -67,7 +67,7 @@ def push_command(
 ) -> dict[str, Any]:
     """Upload a distilled set to the Hugging Face Hub, in one commit, and read it back.
 
-    Other sets and other people's text in the repository stay.
+    Other sets, and other people's files and text in the repository, stay.
 
     Args:
         folder: the set's.

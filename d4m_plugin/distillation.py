@@ -161,7 +161,7 @@ def check_classes(source: Source) -> None:
         raise InputError(f"{source.name} has the one class {source.classes[0]!r}; there is nothing to tell apart.")
     images = source.train()
     check_labels(source, images)
-    counts = torch.as_tensor(images.targets).bincount(minlength=len(source.classes))
+    counts = torch.as_tensor(images.targets, dtype=torch.int64).bincount(minlength=len(source.classes))
     for label in (counts == 0).nonzero().flatten().tolist():
         raise InputError(f"class {source.classes[label]!r} of {source.name} (label {label}) has no training images.")
 

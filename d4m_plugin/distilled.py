@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -107,7 +108,7 @@ class DistilledDataset(VisionDataset):
     ) -> str:
         """Upload the set, in one commit, to a dataset repository, and read it back.
 
-        Other sets and other people's text there stay.
+        Other sets, and other people's files and text there, stay.
 
         Args:
             repo_id: the repository, as user/name; made where it is not there.
@@ -128,8 +129,17 @@ class DistilledDataset(VisionDataset):
 
     @cached_property
     def images(self) -> Tensor:
-        """The images, uint8, shape (N, 3, H, W), class by class: read when they are first asked for, and held."""
+        """The images, uint8, shape (N, 3, H, W), class by class: decoded when they are first asked for, and held.
+
+        Without them, each image is decoded anew whenever it is asked for alone.
+        """
         return _read_images(self.folder, len(self), self.recipe["image_size"])
+
+    @cached_property
+    def _encoded(self) -> pa.ChunkedArray:
+        """The images' files."""
+        with _told_of(self.folder):
+            return pa.chunked_array(_batches(map(pq.ParquetFile, shards(self.folder)), "image"), pa.binary())
 
     @property
     def preview(self) -> Path:
@@ -149,7 +159,12 @@ class DistilledDataset(VisionDataset):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image: Any = to_pil(self.images[index])
+        if "images" in vars(self):
+            image: Any = to_pil(self.images[index])
+        else:  # one alone, as each process of a loader would decode all of them, in each epoch
+            row = range(len(self))[index]
+            with _told_of(self.folder):
+                image = _decoded(self._encoded[row], row, self.recipe["image_size"])
         target: Any = self.targets[index]
         if self.transform is not None:
             image = self.transform(image)
@@ -241,11 +256,15 @@ def _read_images(folder: Path, rows: int, size: int) -> Tensor:
         for row, encoded in enumerate(itertools.chain.from_iterable(_batches(files, "image"))):
             if row == rows:
                 raise ValueError(f"it has more rows than it says, {rows:,}")
-            image = read_image(io.BytesIO(encoded.as_py()), f"row {row}")
-            if image.size != (size, size):
-                raise ValueError(f"row {row} has {image.width} by {image.height} pixels; it must have {size} by {size}")
-            images[row] = pil_to_tensor(image)
+            images[row] = pil_to_tensor(_decoded(encoded, row, size))
     return images
+
+
+def _decoded(encoded: pa.BinaryScalar, row: int, size: int) -> Image.Image:
+    image = read_image(io.BytesIO(encoded.as_py()), f"row {row}")
+    if image.size != (size, size):
+        raise ValueError(f"row {row} has {image.width} by {image.height} pixels; it must have {size} by {size}")
+    return image
 
 
 @contextmanager
@@ -306,18 +325,22 @@ def read_prototypes(file: Path, recipe: dict[str, Any], classes: int) -> list[Pr
 
 
 def features_of(classes: list[str], with_logits: bool = False) -> Any:
-    """Return the columns of a set as `datasets.Features`, which number the second class of a name: "crane (2)"."""
-    from datasets import ClassLabel, Features, Image, List, Value
+    """Return the columns of a set as `datasets.Features`, which number the second class of a name: "crane (2)".
+
+    A name's U+0085, a line's end to YAML alone, is a space, as which a card would be read.
+    """
+    from datasets import ClassLabel, Features, List, Value
+    from datasets import Image as ImageFeature
 
     names: dict[str, None] = {}  # in order
-    for name in classes:
+    for name in (each.replace("\x85", " ") for each in classes):
         number, unique = 1, name
         while unique in names:
             number += 1
             unique = f"{name} ({number})"
         names[unique] = None
     columns = {
-        "image": Image(),
+        "image": ImageFeature(),
         "label": ClassLabel(names=list(names)),
         "prototype": Value("int32"),
         "weight": Value("float32"),

@@ -1,6 +1,8 @@
 """`d4m cache`: what the cache holds, whether it is whole, and what can go."""
 
+import os
 import shutil
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -79,26 +81,21 @@ def _unfinished(path: Path) -> bool:
     return path.suffix == ".partial" or is_aside(path)
 
 
-def _sizes(path: Path) -> dict[Path, int]:
-    """Return the bytes of each file; those that another process takes away meanwhile are left out."""
-    sizes = {}
+def _stats(path: Path) -> list[os.stat_result]:
+    """Return what the system knows of a path and of all in it, but for what another process takes away meanwhile."""
+    stats = []
     for each in (path, *path.rglob("*")):
         with suppress(FileNotFoundError):
-            if each.is_file():
-                sizes[each] = each.stat().st_size
-    return sizes
+            stats.append(each.stat())
+    return stats
 
 
 def _size(path: Path) -> str:
-    return f"{sum(_sizes(path).values()) / 1e6:,.1f} MB"
+    return f"{sum(each.st_size for each in _stats(path) if stat.S_ISREG(each.st_mode)) / 1e6:,.1f} MB"
 
 
 def _touched(path: Path) -> float:
-    latest = 0.0
-    for each in (path, *path.rglob("*")):
-        with suppress(FileNotFoundError):
-            latest = max(latest, each.stat().st_mtime)
-    return latest
+    return max((each.st_mtime for each in _stats(path)), default=0.0)
 
 
 def _described(path: Path) -> str:

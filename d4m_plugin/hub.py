@@ -84,7 +84,10 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str], **options
 
 
 def license_of(name: str, kind: Literal["dataset", "model"]) -> str:
-    """Return the licence that the card of a folder or of a Hub repository states; "unknown" where there is none."""
+    """Return the licence that the card of a folder or of a Hub repository states; "unknown" where there is none.
+
+    Several are in a row: "mit, cc0-1.0".
+    """
     import httpx2
     from huggingface_hub import hf_hub_download
 
@@ -95,7 +98,8 @@ def license_of(name: str, kind: Literal["dataset", "model"]) -> str:
         stated = card_of(file.read_bytes(), str(file)).data.get("license")
     except (OSError, ValueError, httpx2.HTTPError):
         return "unknown"
-    return str(stated or "unknown")
+    licenses = stated if isinstance(stated, list) else [stated]
+    return ", ".join(dict.fromkeys(str(each) for each in licenses if each)) or "unknown"
 
 
 def card_of(content: bytes, name: str) -> "RepoCard":

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
 from d4m_plugin.sources import LabelledImages
 
@@ -27,17 +27,12 @@ class Transformed(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(label)
 
 
-class Held(Dataset[tuple[Tensor, ...]]):
+class Held(TensorDataset):
     """Tensors in memory, images uint8 (N, 3, H, W) first, of which a loader takes a batch by one indexing."""
 
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = tensors
-
-    def __len__(self) -> int:
-        return len(self.tensors[0])
-
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        return tuple(tensor[indices] for tensor in self.tensors)
+        batch: tuple[Tensor, ...] = self[indices]
+        return batch
 
 
 def hold(

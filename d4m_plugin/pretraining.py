@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
-from d4m_plugin.cache import make_writable, written_whole
+from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
 from d4m_plugin.callbacks import RunProgress
 from d4m_plugin.checking import check_least
 from d4m_plugin.devices import autocast, compute_dtype, default_device
@@ -32,7 +32,8 @@ from d4m_plugin.diffusion import LatentDiffusion, model_digest
 from d4m_plugin.errors import InputError
 from d4m_plugin.latent_training import AutoencoderTraining, DenoiserTraining, train
 from d4m_plugin.progress import Progress
-from d4m_plugin.sources import Digits, Source
+from d4m_plugin.screening import check_images, readable_source
+from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import squares_of
 
 LATENT_CHANNELS = 4  # what diffusers' image-to-image pipelines take as latents (SD and SDXL)
@@ -74,15 +75,14 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor
     return ids
 
 
-def _images(source: Source, size: int) -> tuple[Tensor, Tensor]:
-    """Return the training images, uint8 (N, 3, size, size), and their labels, int64 (N,)."""
-    train = source.train()
-    images = torch.empty(len(train), 3, size, size, dtype=torch.uint8)
-    with Progress("Reading", len(train)) as progress:
-        for part in torch.arange(len(train)).split(READ_AT_ONCE):
-            images[part] = squares_of(train, size, chosen=part.tolist())
+def _pixels(images: LabelledImages, size: int) -> Tensor:
+    """Return images, uint8 (N, 3, size, size)."""
+    pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    with Progress("Reading", len(images)) as progress:
+        for part in torch.arange(len(images)).split(READ_AT_ONCE):
+            pixels[part] = squares_of(images, size, chosen=part.tolist())
             progress.update(len(part))
-    return images, torch.as_tensor(train.targets)
+    return pixels
 
 
 @torch.no_grad()
@@ -112,6 +112,9 @@ def pretrain(
     compile: bool = False,
     start_from: str | None = None,
     seed: int = 0,
+    num_workers: int = 0,
+    skip_bad_images: bool = False,
+    cache_dir: Path | None = None,
 ) -> Path:
     """Train a small latent diffusion pipeline on a source's training split.
 
@@ -133,14 +136,19 @@ def pretrain(
         start_from: a pipeline that this command made (a folder, `digits` or `cifar10`), whose U-Net and text encoder go
             on learning; its VAE and image size stay as they are, and the options of channels and VAE do nothing.
         seed: decides the initial weights, the batches and the noise.
+        num_workers: processes that read the images in the first pass, which finds those that cannot be read.
+        skip_bad_images: leave out images that cannot be read; by default they stop the work.
+        cache_dir: where what the first pass found is kept; by default $D4M_CACHE, else d4m in $XDG_CACHE_HOME or
+            ~/.cache.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: where the output folder exists, the sizes do not fit, or `start_from` is no such pipeline.
+        InputError: where the output folder exists, the sizes do not fit, `start_from` is no such pipeline, an image
+            cannot be read or a label is no number of a class.
     """
-    source = source or Digits()
+    source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     check_least(1, vae_steps=vae_steps, unet_steps=unet_steps, batch_size=batch_size, image_size=image_size)
     if not 0 <= seed < 2**32:
         raise InputError(f"`seed` is {seed}; it must be at least 0 and below 2^32.")
@@ -158,6 +166,9 @@ def pretrain(
         size = f"of {own_size} pixels, and `image_size` {image_size}"
         raise InputError(f"`start_from` is {start_from!r}, {size}; use its own.")
     make_writable(output.resolve().parent, "output")
+    train_images = source.train()
+    cache = resolve_cache_dir(cache_dir)
+    check_images(source, train_images, "training images", source.fingerprint, cache, num_workers)
 
     options = [image_size, list(vae_channels), list(unet_channels), vae_steps, unet_steps, batch_size, vae_lr, unet_lr]
     start = model_digest(start_from) if start_from else ""
@@ -166,7 +177,7 @@ def pretrain(
     work = partial / hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
 
-    images, labels = _images(source, image_size)
+    images, labels = _pixels(train_images, image_size), torch.as_tensor(train_images.targets, dtype=torch.int64)
     if source.flip:
         images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
     if pipeline is None:

@@ -1,15 +1,16 @@
 """Upload a distilled set to the Hugging Face Hub in one commit, and read it back."""
 
 import hashlib
-import json
 import logging
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from d4m_plugin.cache import checksum
 from d4m_plugin.card import merged_card
-from d4m_plugin.distilled import DistilledDataset, checksums, features_of
+from d4m_plugin.distilled import PARQUET, DistilledDataset, checksums, features_of, shards
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import Repository, persistently
+from d4m_plugin.record import encoded
 
 logger = logging.getLogger(__name__)
 
@@ -56,24 +57,33 @@ def push(
     commit = persistently(lambda: _commit(api, dataset, repo_id, metadata), repo_id, str(dataset.root))
     if tag is not None:
         name = tag  # which is not None
-        persistently(lambda: api.create_tag(repo_id, tag=name, revision=commit, repo_type="dataset"), repo_id)
+        options = {"tag": name, "revision": commit, "repo_type": "dataset"}
+        # It may be there by an earlier try, whose answer was lost.
+        persistently(lambda: api.create_tag(repo_id, **options, exist_ok=True), repo_id)
     _compare(dataset, repo_id, commit, metadata)
     return commit
 
 
 def _check_files(dataset: DistilledDataset) -> None:
-    """Refuse a folder with files that its record does not know: a stranger's may link to a secret of this user's."""
-    recorded = dataset.metadata["checksums"]
-    files = [path for path in sorted(dataset.folder.iterdir()) if path.name != "d4m.json"]
-    wrong = [path for path in files if path.name not in recorded or not path.is_file()]
-    if not wrong:
-        found = checksums(dataset.folder)
-        wrong = [path for path in files if found[path.name] != recorded[path.name]]
-    if wrong:
-        raise InputError(
-            f"{str(wrong[0])!r} is not as its d4m.json records it, or not recorded at all; remove it, or make or fetch "
-            "the set anew."
-        )
+    """Refuse a folder that does not hold what its record says: those files are pushed, and no others.
+
+    More files are refused too: a stranger's may link to a secret of this user's. Beside a set of the Hub, which is
+    fetched whole now, they are other people's.
+    """
+    folder, recorded = dataset.folder, dataset.metadata["checksums"]
+    if dataset.revision is not None:
+        Repository(str(dataset.root), dataset.revision, []).fetch(folder.name, whole=True)  # into the same folder
+    found = {path.name: path for path in folder.iterdir() if path.name != "d4m.json"}
+    if dataset.revision is not None:
+        found = {name: path for name, path in found.items() if name in recorded}
+    for name, path in sorted(found.items()):
+        if name not in recorded or not path.is_file() or checksum(path) != recorded[name]:
+            raise InputError(
+                f"{str(path)!r} is not as its d4m.json records it, or not recorded at all; remove it, or make or fetch "
+                "the set anew."
+            )
+    if missing := sorted(recorded.keys() - found.keys()):
+        raise InputError(f"{str(folder / missing[0])!r} is missing; make or fetch the set anew.")
 
 
 def _with_licenses(metadata: dict[str, Any], source: str | None, model: str | None) -> dict[str, Any]:
@@ -101,12 +111,14 @@ def _commit(api: Any, dataset: DistilledDataset, repo_id: str, metadata: dict[st
     if "README.md" in there:
         file = hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head.sha)
         card = Path(file).read_bytes()
-    files: dict[str, Any] = {f"{config}/{path.name}": path for path in sorted(dataset.folder.iterdir())}
-    size = sum(path.stat().st_size for path in dataset.folder.glob("*.parquet"))
-    files[f"{config}/d4m.json"] = _encoded(metadata)
+    files: dict[str, Any] = {f"{config}/{name}": dataset.folder / name for name in sorted(metadata["checksums"])}
+    size = sum(path.stat().st_size for path in shards(dataset.folder))
+    files[f"{config}/d4m.json"] = encoded(metadata)
     files["README.md"] = merged_card(card, config, metadata, size, repo_id, there).encode()
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-    operations += [CommitOperationDelete(name) for name in sorted(of_config - set(files))]
+    # What `datasets` would read as rows of this set; other files there are other people's.
+    old = [name for name in sorted(of_config - set(files)) if PurePath(name).match(f"{config}/{PARQUET}")]
+    operations += map(CommitOperationDelete, old)
     message = f"{config} of {metadata['source']['name']}, distilled"
     # The parent makes the Hub refuse where another commit came between, whose card would be lost.
     made = api.create_commit(
@@ -120,17 +132,13 @@ def _compare(dataset: DistilledDataset, repo_id: str, commit: str, metadata: dic
     from datasets import load_dataset_builder
 
     config = dataset.folder.name
-    sent = checksums(dataset.folder) | {"d4m.json": hashlib.sha256(_encoded(metadata)).hexdigest()}
+    sent = metadata["checksums"] | {"d4m.json": hashlib.sha256(encoded(metadata)).hexdigest()}
     found = checksums(Repository(repo_id, commit, []).fetch(config, whole=True))
     features = persistently(lambda: load_dataset_builder(repo_id, config, revision=commit).info.features, repo_id)
-    differs = sorted(name for name in sent.keys() | found.keys() if sent.get(name) != found.get(name))
+    differs = sorted(name for name in sent if sent[name] != found.get(name))
     if features != features_of(dataset.classes, dataset.logits is not None):
         differs.append("features")
     if differs:
         raise InputError(
             f"{repo_id} at {commit} differs from {str(dataset.root)!r} in {', '.join(differs)}: push anew."
         )
-
-
-def _encoded(metadata: dict[str, Any]) -> bytes:
-    return json.dumps(metadata, indent=2).encode()

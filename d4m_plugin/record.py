@@ -123,4 +123,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 def write_record(record: dict[str, Any], folder: Path) -> None:
     """Put a Record in place of the d4m.json of a set's folder; readers see the one or the other."""
     with written_whole(folder / "d4m.json") as path:
-        path.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        path.write_bytes(encoded(record))
+
+
+def encoded(record: dict[str, Any]) -> bytes:
+    """Return what d4m.json holds of a Record."""
+    return json.dumps(record, indent=2).encode()

@@ -8,7 +8,7 @@ from PIL import Image
 
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
-from d4m_plugin.hub import NotOnTheHub, Repository, find_repository, without_folders
+from d4m_plugin.hub import Repository, find_repository, without_folders
 from d4m_plugin.recipe import MODELS, Recipe
 from d4m_plugin.sources import HuggingFace, Source
 from d4m_plugin.sources.base import IndexedImages
@@ -45,7 +45,7 @@ def find_set(
     revision: str | None = None,
     exact: bool = False,
 ) -> DistilledDataset | OthersSet | None:
-    """Return the set of a Hub repository that suits a source and a recipe; None where it has none yet.
+    """Return the set of a Hub repository that suits a source and a recipe; None where it is there without that set.
 
     Args:
         source: the real images; the set's classes must be theirs.
@@ -56,14 +56,10 @@ def find_set(
         exact: all of the recipe must be the set's, and a repository may be without sets.
 
     Raises:
+        NotOnTheHub: where there is no such repository, or none that this user may see.
         InputError: where the Hub does not give the repository, or its set is not the one asked for.
     """
-    try:
-        repository = find_repository(hub_id, revision)
-    except NotOnTheHub:
-        if revision is not None or config_name is not None:
-            raise
-        return None
+    repository = find_repository(hub_id, revision)
     if not repository.configs:
         return None if exact else _others(source, hub_id, config_name, revision)
     name = config_name or _config_of(repository, recipe, exact)

@@ -26,7 +26,7 @@ def random_subset(source: Source, ipc: int, seed: int) -> LabelledImages:
         InputError: where a class has fewer images.
     """
     train = source.train()
-    counts = torch.as_tensor(train.targets).bincount(minlength=len(source.classes)).tolist()
+    counts = torch.as_tensor(train.targets, dtype=torch.int64).bincount(minlength=len(source.classes)).tolist()
     for name, count in zip(source.classes, counts, strict=True):
         if count < ipc:
             raise InputError(f"`ipc` is {ipc}, but class {name!r} has {count} images; lower it.")

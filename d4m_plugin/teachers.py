@@ -372,7 +372,7 @@ def check_above_chance(teacher: Teacher, source: Source) -> str:
     images = source.test()
     chosen = torch.randperm(len(images), generator=generator_of(0))[:CHANCE_SAMPLE].tolist()
     pixels = squares_of(images, teacher.image_size, chosen=chosen)
-    labels = torch.as_tensor(images.targets)[chosen]
+    labels = torch.as_tensor(images.targets, dtype=torch.int64)[chosen]
     batches = pixels.to(teacher.mean.device).split(CHANCE_BATCH)
     named = torch.cat([teacher(batch / 255).argmax(1) for batch in batches]).cpu()
     counts = labels.bincount()

@@ -14,10 +14,13 @@ import torch
 from huggingface_hub import DatasetCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import d4m_plugin.assembling as assembling
 import d4m_plugin.diffusion as diffusion
 import d4m_plugin.distillation as distillation
+import d4m_plugin.distilled as distilled
 import d4m_plugin.synthesis as synthesis
 from d4m_plugin import D4MDataModule, Digits, DistilledDataset, InputError, LatentDiffusion, Recipe, Teacher, distill
 from d4m_plugin.devices import Batches
@@ -27,9 +30,9 @@ from d4m_plugin.preview import grid
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.seeding import generator_of, seed_of
 from d4m_plugin.sources.images import to_pixels
-from d4m_plugin.subsets import Chosen
+from d4m_plugin.subsets import Chosen, random_subset
 from d4m_plugin.synthesis import synthesise
-from d4m_plugin.teachers import load_teacher
+from d4m_plugin.teachers import check_above_chance, load_teacher
 from tests import toys
 from tests.toys import Squares
 
@@ -788,6 +791,45 @@ def test_labels_of_an_own_source_that_are_none_are_told_before_any_work(squares,
         distill(squares, Recipe(ipc=1, num_inference_steps=2))
     with pytest.raises(InputError, match=r"the `targets` of squares must be a whole number .* below 3"):
         D4MDataModule(squares, train_on="real").train_dataloader()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32])
+def test_labels_may_be_of_any_whole_type(squares, kind, monkeypatch):
+    class Named(torch.nn.Module):
+        def forward(self, images):
+            return images.mean((2, 3))  # red, green and blue are the classes
+
+    def short(split):
+        images = split(squares)
+        images.targets = np.asarray(images.targets, kind)
+        return images
+
+    train, test = Squares.train, Squares.test
+    monkeypatch.setattr(Squares, "train", lambda self: short(train))
+    monkeypatch.setattr(Squares, "test", lambda self: short(test))
+    assert distill(squares, Recipe(ipc=1, num_inference_steps=2)).targets == [0, 1, 2]
+    assert random_subset(squares, 1, seed=0).targets.tolist() == [0, 1, 2]
+    teacher = Teacher(Named(), squares.classes, 16, [0.5] * 3, [0.5] * 3)
+    assert check_above_chance(teacher, squares).startswith("names 100% of 12")
+
+
+def test_an_image_is_decoded_alone_until_all_are(squares, monkeypatch):
+    whole = distill(squares, Recipe(ipc=2, num_inference_steps=2))
+    made, read, rows = DistilledDataset(whole.root, transform=pil_to_tensor), distilled.read_image, []
+
+    def noting(file, name):
+        rows.append(name)
+        return read(file, name)
+
+    monkeypatch.setattr(distilled, "read_image", noting)
+    assert torch.equal(made[-1][0], whole.images[5])
+    assert rows[-1:] == ["row 5"]
+    assert len(rows) == 1 + 6  # of the other set, all
+    monkeypatch.setattr(distilled, "_read_images", None)
+    by_workers = torch.cat([images for images, _ in DataLoader(made, 2, num_workers=2)])
+    assert torch.equal(by_workers, whole.images)
+    monkeypatch.setattr(distilled, "read_image", None)
+    assert torch.equal(pil_to_tensor(whole[3][0]), whole.images[3])
 
 
 def test_prototypes_are_drawn_at_the_size_of_the_images(squares):

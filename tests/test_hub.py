@@ -13,9 +13,12 @@ import pytest
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from d4m_plugin import DistilledDataset, InputError, Recipe, distill
+from d4m_plugin import D4MDataModule, DistilledDataset, InputError, Recipe, distill
+from d4m_plugin.card import merged_card
+from d4m_plugin.datamodules import d4m
 from d4m_plugin.distilled import checksums, with_png, write_parquet
-from d4m_plugin.hub import persistently, without_folders
+from d4m_plugin.errors import InputWarning
+from d4m_plugin.hub import NotOnTheHub, persistently, without_folders
 from tests import families, hub_server
 from tests.toys import Squares
 
@@ -68,6 +71,22 @@ def client(hub, tmp_path):
         return json.loads(result.stdout.splitlines()[-1]) if result.stdout.strip() else None
 
     return run
+
+
+@pytest.fixture
+def here(hub, tmp_path, monkeypatch):
+    """Lets this process see the server as the Hub, logged in and with nothing fetched: no client takes seconds."""
+    from huggingface_hub import constants
+
+    address = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    own = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": address, "HF_HUB_CACHE": str(tmp_path / "hf")}
+    for name, value in (own | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
+        monkeypatch.setattr(constants, name, value)
+    for name, value in (("HF_ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_DATASETS_CACHE", tmp_path / "rows")):
+        monkeypatch.setattr(datasets.config, name, value)
+    monkeypatch.setattr("d4m_plugin.hub.WAITS", (0, 0))
+    monkeypatch.setenv("HF_TOKEN", hub_server.WRITER)
+    return hub
 
 
 def pushing(folder, repo=REPO, **options):
@@ -187,6 +206,14 @@ except InputError as error:
     assert len(hub.repos["dataset", REPO].commits) == 1
 
 
+@pytest.mark.parametrize("name", ["0.jpeg", "a/IMG_1.JPG", "b.webp", "c.csv.gz", "d.tar", "e.zip", "f.txt"])
+def test_data_of_any_kind_is_not_hidden(made, name):
+    others = [".gitattributes", "README.md", "LICENSE", name]
+    with pytest.raises(InputError, match=rf"whose data \({name}\) has no config that names it; name another"):
+        merged_card(None, "ipc-2", made.metadata, 1, REPO, others)
+    assert merged_card(None, "ipc-2", made.metadata, 1, REPO, others[:-1])
+
+
 def test_a_set_is_replaced_whole_and_pushed_once(hub, client, made, squares, tmp_path):
     first = client(pushing(made.root))
     assert client(pushing(made.root)) == first
@@ -198,6 +225,24 @@ def test_a_set_is_replaced_whole_and_pushed_once(hub, client, made, squares, tmp
         f"ipc-2/{path.name}" for path in other.folder.iterdir()
     }
     assert hub.repos["dataset", REPO].commits[-1][1]["ipc-2/preview.png"] == other.preview.read_bytes()
+
+
+def test_a_class_name_that_yaml_would_fold_is_pushed(here, squares, tmp_path):
+    squares.classes = ("a\x85b", "a b", "\u2028 \x0b c")
+    made = distill(squares, RECIPE, output=tmp_path / "set")
+    commit = made.push_to_hub(REPO)
+    assert DistilledDataset(REPO).classes == list(squares.classes)
+    read = datasets.load_dataset_builder(REPO, "ipc-2", revision=commit).info.features["label"].names
+    assert read == ["a b", "a b (2)", "\u2028 \x0b c"]
+
+
+def test_a_set_of_the_hub_is_pushed_again_whole_and_other_peoples_files_stay(here, made):
+    made.push_to_hub(REPO)
+    pushed = files_of(here)
+    here.dataset(REPO, pushed | {"ipc-2/NOTES.md": b"mine", "ipc-2/notes.png": b"mine"})
+    commit = DistilledDataset(REPO).push_to_hub(REPO, tag="v2")
+    assert here.repos["dataset", REPO].tags == {"v2": commit}
+    assert files_of(here) == pushed | {"ipc-2/NOTES.md": b"mine", "ipc-2/notes.png": b"mine"}
 
 
 def test_a_commit_between_is_merged_with(hub, client, made):
@@ -212,6 +257,14 @@ def test_an_answer_that_is_lost_is_not_a_second_commit(hub, client, made):
     hub.faults = [hub_server.Fault("POST", "/commit/", after=True)]
     commit = client(pushing(made.root))
     assert [oid for oid, _ in hub.repos["dataset", REPO].commits][1:] == [commit]
+
+
+def test_an_answer_about_a_tag_that_is_lost_is_no_failure(here, made):
+    here.faults = [hub_server.Fault("POST", "/tag/", after=True)]
+    commit = made.push_to_hub(REPO, tag="v1")
+    assert here.repos["dataset", REPO].tags == {"v1": commit}
+    with pytest.raises(InputError, match="`tag` is 'v1', which me/squares-d4m has already; name another"):
+        made.push_to_hub(REPO, tag="v1")
 
 
 def test_what_arrives_changed_is_noticed(hub, client, made):
@@ -483,6 +536,20 @@ print(json.dumps([data.image_size, len(data.training_set), data.distilled.recipe
     assert found[:3] == [8, 6, 0.5]
     assert "has strength 0.5 (asked for: 0.6)" in found[3]
     assert "has the classes red, green / blue, ünï 🦆 (asked for: red, green, blue)" in found[4]
+
+
+def test_that_the_hub_hides_a_repository_is_told_before_its_set_is_made_here(here, squares, monkeypatch, capsys):
+    here.dataset("me/private", private=True)
+    monkeypatch.setenv("HF_TOKEN", hub_server.READER)
+    data = D4MDataModule(squares, hub_id="me/private", ipc=2, num_inference_steps=2)
+    monkeypatch.setattr(d4m, "distill", lambda *_, **__: 1 / 0)
+    says = "`hub_id` is 'me/private', .* check the name, and log in .* where it is private. The set is made here"
+    with pytest.warns(InputWarning, match=says), pytest.raises(ZeroDivisionError):
+        _ = data.distilled
+    assert "has no ipc-2" not in capsys.readouterr().err
+    for options in ({"revision": "v1"}, {"config_name": "ipc-2"}):
+        with pytest.raises(NotOnTheHub, match="or hides it from you"):
+            D4MDataModule(squares, hub_id="me/private", **options)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
-from d4m_plugin import InputError, LatentDiffusion, Recipe, distill, latent_training, pretraining
+from d4m_plugin import ImageFolder, InputError, LatentDiffusion, Recipe, distill, latent_training, pretraining
+from d4m_plugin.errors import InputWarning
 from d4m_plugin.pretraining import byte_tokenizer, pretrain, tokenize
 from tests.toys import Squares
 
@@ -193,6 +196,46 @@ def test_sizes_that_cannot_work_are_named(tmp_path, options):
 
 
 SMALL = {"vae_channels": (16, 16), "unet_channels": (32, 32), "vae_steps": 1, "unet_steps": 1, "batch_size": 2}
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_labels_may_be_of_any_whole_type(tmp_path, kind):
+    class Short(Squares):
+        def train(self):
+            images = super().train()
+            images.targets = np.asarray(images.targets, kind)
+            return images
+
+    made = [pretrain(source(), tmp_path / source.__name__, **SMALL) for source in (Squares, Short)]
+    assert files(made[0]) == files(made[1])
+
+
+def test_labels_that_are_none_are_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "train", lambda *_: pytest.fail("work began"))
+    source = Squares()
+    source.classes = ("red", "green")
+    source.train = Squares().train
+    with pytest.raises(InputError, match=r"the `targets` of squares must be a whole number .* below 2"):
+        pretrain(source, tmp_path / "model", **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_read_are_told_before_the_work_or_left_out(tmp_path, monkeypatch):
+    for label, (name, level) in enumerate((name, level) for name in ("cat", "dog") for level in range(8)):
+        (tmp_path / "pets" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (9 * label, level, 0)).save(tmp_path / "pets" / name / f"{level}.png")
+    source = ImageFolder(tmp_path / "pets", test_share=0.1)
+    bad = [tmp_path / "pets" / name.decode() for name in source.train().names.to_pylist()[:2]]
+    for path in bad:
+        path.write_bytes(b"no image")
+    with pytest.raises(
+        InputError, match=r"2 of 14 training images of pets cannot be read\. .* `skip_bad_images` to true"
+    ):
+        pretrain(source, tmp_path / "model", num_workers=1, cache_dir=tmp_path / "cache", **SMALL)
+    assert {path.name for path in tmp_path.iterdir()} == {"pets", "cache"}
+    with pytest.warns(InputWarning, match="2 of 14 training images cannot be read and are left out"):
+        skipping = pretrain(source, tmp_path / "model", skip_bad_images=True, cache_dir=tmp_path / "cache", **SMALL)
+    assert (skipping / "model_index.json").is_file()
 
 
 def test_it_is_trained_by_one_process_of_many(tmp_path, monkeypatch):

@@ -555,6 +555,20 @@ class TestHuggingFace:
         with pytest.raises(InputError, match="`label_column` is 'label', of type List, where one label a row is"):
             HuggingFace(tmp_path / "many")
 
+    def test_its_name_is_the_last_part_with_the_dots_in_it(self, tmp_path, monkeypatch):
+        self.write(tmp_path / "Pets.v2" / "train.parquet", [0, 0, 1, 1])
+        monkeypatch.chdir(tmp_path / "Pets.v2")
+        assert HuggingFace("train.parquet").name == "train"
+        source = HuggingFace(".")
+        assert source.name == "pets.v2"
+        for path, name in (
+            (str(tmp_path / "Pets.v2"), "pets.v2"),
+            ("user/Birds-v1.5", "birds-v1.5"),
+            ("mnist", "mnist"),
+        ):
+            source.path = path
+            assert source.name == name
+
     def test_a_row_without_an_image_is_one_that_cannot_be_read(self, tmp_path):
 
         from datasets import Dataset, Features, Value

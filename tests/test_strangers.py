@@ -290,6 +290,23 @@ def test_a_licence_in_a_broken_card_is_unknown(tmp_path):
     assert license_of(str(tmp_path), "model") == "unknown"
 
 
+@pytest.mark.parametrize(
+    ("stated", "read", "shown"),
+    [
+        ("[mit]", "mit", ["mit", "unknown"]),
+        ("[mit, cc0-1.0]", "mit, cc0-1.0", ["cc0-1.0", "mit", "unknown"]),
+        ("[unknown, unknown]", "unknown", "unknown"),
+        ("[]", "unknown", "unknown"),
+        ("", "unknown", "unknown"),
+    ],
+)
+def test_a_list_of_licences_is_that_of_each(made, tmp_path, stated, read, shown):
+    (tmp_path / "README.md").write_text(f"---\nlicense: {stated}\npretty_name: x\n---\n")
+    found = license_of(str(tmp_path), "model")
+    record = made.metadata | {"model": made.metadata["model"] | {"license": found}}
+    assert (found, DatasetCard(merged_card(None, "ipc-2", record, 1)).data.license) == (read, shown)
+
+
 def test_the_card_of_a_set_is_not_written_through_a_link(made, tmp_path):
     (tmp_path / "profile").write_text("mine")
     (made.root / "README.md").unlink()
@@ -306,6 +323,8 @@ def test_what_the_record_does_not_know_is_not_pushed(made, tmp_path):
         with pytest.raises(InputError, match=rf"{name}' is not as its d4m.json records it, or not recorded at all"):
             push(made, "me/squares", False, None, None, None)
         (made.folder / name).unlink()
+    with pytest.raises(InputError, match=r"preview.png' is missing; make or fetch the set anew"):
+        push(made, "me/squares", False, None, None, None)
 
 
 def test_any_class_name_is_distilled_and_read_by_anyone(random_pipeline, tmp_path):

@@ -30,6 +30,7 @@ from d4m_plugin.checking import check_least
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
+from d4m_plugin.hub import NotOnTheHub
 from d4m_plugin.loading import Held, Transformed, hold, loader_of
 from d4m_plugin.progress import say
 from d4m_plugin.pushing import check_write_access
@@ -69,7 +70,7 @@ class D4MDataModule(L.LightningDataModule):
         set_folder: a finished distilled set to train on, whatever the recipe says.
         hub_id: a dataset repository of the Hub, as user/name, whose set to train on in place of distilling one: options
             of the recipe that are not the defaults must be the set's. A set by another tool, of labelled images, will
-            do. Where it is not there, the set is distilled.
+            do. Where it is not there, the set is distilled, which is told.
         revision: branch, tag or commit of `hub_id`.
         config_name: which of several sets of `set_folder` or `hub_id`; by default the only one, and of `hub_id` rather
             the one of `ipc`.
@@ -87,7 +88,8 @@ class D4MDataModule(L.LightningDataModule):
         InputError: where an option cannot work.
 
     Warns:
-        InputWarning: where a named set was not distilled from the source's training images as they are given.
+        InputWarning: where a named set was not distilled from the source's training images as they are given, or the
+            Hub has no repository of that name, or hides it, when the set is made.
     """
 
     def __init__(
@@ -156,8 +158,15 @@ class D4MDataModule(L.LightningDataModule):
         self._others_set: OthersSet | None = None
         if train_on == "distilled" and set_folder:
             self._named_set = DistilledDataset(Path(set_folder).expanduser().resolve(), config_name)
+        self._not_on_the_hub = ""
         if train_on == "distilled" and hub_id:
-            found = find_set(self.source, self.recipe, hub_id, config_name, revision, exact=push)
+            found = None
+            try:
+                found = find_set(self.source, self.recipe, hub_id, config_name, revision, exact=push)
+            except NotOnTheHub as error:
+                if revision or config_name:
+                    raise
+                self._not_on_the_hub = str(error)
             if isinstance(found, OthersSet):
                 self._others_set = found
             else:
@@ -188,7 +197,9 @@ class D4MDataModule(L.LightningDataModule):
         """The distilled set: the one named, else one made or found when first asked for, and pushed if it is to be."""
         if self._named_set:
             return self._named_set
-        if self.hub_id and not self.push:
+        if self._not_on_the_hub and not self.push:  # a name with a slip in it, or a private one, costs hours
+            rank_zero_warn(f"{self._not_on_the_hub} The set is made here.", category=InputWarning)
+        elif self.hub_id and not self.push:
             say(f"{self.hub_id} has no {self.recipe.config_name}: the set is made here.")
         with _ended_at_once():
             made = distill(

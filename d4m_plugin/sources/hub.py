@@ -102,8 +102,11 @@ class HuggingFace(IndexedSource):
 
     @property
     def name(self) -> str:
-        """The last part of the path, in lower case."""
-        return Path(self.path).stem.lower()
+        """The last part of the path, of a file without its suffix, in lower case."""
+        here = Path(self.path).expanduser()
+        if here.is_file():
+            return here.stem.lower()
+        return (here.resolve() if here.exists() else here).name.lower()  # such as `.`; a Hub id's dots stay
 
     @cached_property
     def license(self) -> str:  # type: ignore[override]  # read when asked for
@@ -220,7 +223,8 @@ def _load(path: str, config: str | None, revision: str | None) -> "DatasetDict":
     try:
         if file.is_file():
             return datasets.load_dataset(FILE_BUILDERS[file.suffix], data_files=str(file))
-        return datasets.load_dataset(str(file) if file.is_dir() else path, config, revision=revision)
+        # Resolved, as `datasets` wants a name in it, which `.` is not.
+        return datasets.load_dataset(str(file.resolve()) if file.is_dir() else path, config, revision=revision)
     except Exception as error:  # of all kinds, for files and cards that are something else
         reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"`path` is {path!r}, which `datasets` cannot open: {reason}") from error
