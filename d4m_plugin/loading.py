@@ -52,7 +52,7 @@ def hold(
 
 def loader_of(
     dataset: Held | Transformed,
-    sampler: Callable[[Any], Sampler[int]],
+    sampler: Sampler[int],
     batch_size: int,
     num_workers: int,
     drop_last: bool = False,
@@ -62,7 +62,7 @@ def loader_of(
     return DataLoader(
         dataset,
         batch_size=batch_size,  # by name: Lightning makes predict's loader anew from the arguments
-        sampler=sampler(dataset),
+        sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=_as_it_is if isinstance(dataset, Held) else default_collate,

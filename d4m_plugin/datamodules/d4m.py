@@ -251,23 +251,29 @@ class D4MDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of images, uint8 (B, 3, H, W), and labels, int64 (B,); `augmented` prepares them."""
-        held = self._held_training_set
-        if held:
-            with_logits = held if self._logits is None else Held(*held.tensors, self._logits)
-            return self._training_loader(with_logits, self._sampler)
-        transform = v2.Compose(
-            [
-                v2.RGB(),
-                v2.ToImage(),
-                v2.RandomResizedCrop(self.image_size, self.crop_scale, antialias=True),
-                v2.RandomHorizontalFlip(0.5 if self.flip else 0.0),
-            ]
-        )
-        return self._training_loader(Transformed(self.training_set, transform), RandomSampler)
+        dataset: Held | Transformed
+        if held := self._held_training_set:
+            dataset = held if self._logits is None else Held(*held.tensors, self._logits)
+            sampler = self._sampler(held)
+        else:
+            transform = v2.Compose(
+                [
+                    v2.RGB(),
+                    v2.ToImage(),
+                    v2.RandomResizedCrop(self.image_size, self.crop_scale, antialias=True),
+                    v2.RandomHorizontalFlip(0.5 if self.flip else 0.0),
+                ]
+            )
+            dataset = Transformed(self.training_set, transform)
+            sampler = RandomSampler(dataset)
+        own = math.ceil(len(dataset) / (self.trainer.world_size if self.trainer else 1))  # of this process
+        alone = 1 < self.batch_size < own and own % self.batch_size == 1  # batch norm has no variance of one image
+        return loader_of(dataset, sampler, self.batch_size, self.num_workers, drop_last=alone)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Real test images, resized and centre-cropped: nothing here chooses by them, the last epoch counts."""
-        return self._loader(self.held_test_set or Transformed(self.source.test(), self._square), SequentialSampler)
+        images = self.held_test_set or Transformed(self.source.test(), self._square)
+        return loader_of(images, SequentialSampler(images), self.batch_size, self.num_workers)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
@@ -389,16 +395,6 @@ class D4MDataModule(L.LightningDataModule):
         labels = torch.as_tensor(self.distilled.targets)
         of_class = torch.zeros(self.num_classes, dtype=torch.float64).index_add(0, labels, weights)
         return WeightedRandomSampler((weights / of_class[labels]).tolist(), len(held))
-
-    def _training_loader(self, dataset: Held | Transformed, sampler: Callable[[Any], Sampler[int]]) -> DataLoader[Any]:
-        own = math.ceil(len(dataset) / (self.trainer.world_size if self.trainer else 1))  # of this process
-        alone = 1 < self.batch_size < own and own % self.batch_size == 1
-        return self._loader(dataset, sampler, drop_last=alone)  # batch norm has no variance of one image
-
-    def _loader(
-        self, dataset: Held | Transformed, sampler: Callable[[Any], Sampler[int]], drop_last: bool = False
-    ) -> DataLoader[Any]:
-        return loader_of(dataset, sampler, self.batch_size, self.num_workers, drop_last)
 
 
 @contextmanager

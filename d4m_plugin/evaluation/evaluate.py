@@ -203,7 +203,7 @@ def network_of(
 def _sample(source: Source, size: int, resize: Resize) -> tuple[Tensor, Tensor]:
     """Return real training images, at most 5,000 of all classes together, as squares, and their labels."""
     chosen = at_most(source.train(), max(1, REAL_SAMPLE // len(source.classes)), seed=0)
-    return squares_of(chosen, size, resize), torch.as_tensor(chosen.targets)
+    return squares_of(chosen, size, resize), torch.as_tensor(chosen.targets, dtype=torch.int64)
 
 
 def _record(judged: JudgedSet, results: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
+from d4m_plugin.hub import NotOnTheHub
 from d4m_plugin.preview import to_pil
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.sharing import OthersSet, find_set, labels_of
@@ -96,12 +97,14 @@ def open_set(name: str, source: Source, config_name: str | None = None) -> Judge
     if not path.exists() and (name.count("/") != 1 or name[0] in "./~"):
         raise InputError(f"`distilled_set` is {name!r}: no folder or file here, and no name of the Hub's (user/name).")
     if not path.exists():
-        found = find_set(source, Recipe(), name, config_name)
-        if isinstance(found, OthersSet):
-            return _others(name.replace("/", "-"), found, source)
-        if found is None:
-            raise InputError(f"`distilled_set` is {name!r}: no folder here, and no dataset of the Hub.")
-        return ours(found, source)
+        try:
+            found = find_set(source, Recipe(), name, config_name)
+        except NotOnTheHub as error:
+            raise InputError(f"`distilled_set` is {name!r}, no folder here; as a name of the Hub's: {error}") from error
+        if isinstance(found, DistilledDataset):
+            return ours(found, source)
+        assert found is not None  # as it is of a recipe that is all defaults
+        return _others(name.replace("/", "-"), found, source)
     if not path.is_dir():
         return _of_a_file(path, source)
     if (path / "d4m.json").is_file():
