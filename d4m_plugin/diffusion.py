@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from d4m_plugin.cache import checksum, digest
 from d4m_plugin.devices import Batches, autocast, compute_dtype, default_device
-from d4m_plugin.errors import InputError
-from d4m_plugin.hub import why_unread
+from d4m_plugin.errors import InputError, first_line
+from d4m_plugin.hub import is_hub_id, why_unread
 from d4m_plugin.mode_guidance import pulled_toward
 
 ASSETS = Path(__file__).parent / "assets"
@@ -437,8 +437,7 @@ def _load_vae(name: str, own: Any) -> Any:
     try:
         vae = diffusers.AutoModel.from_pretrained(name, dtype=own.dtype, use_safetensors=True)
     except Exception as error:  # likewise
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"`vae` is {name!r}, which is no loadable VAE: {reason}") from error
+        raise InputError(f"`vae` is {name!r}, which is no loadable VAE: {first_line(error)}.") from error
     theirs, ours = vae.config.get("latent_channels"), own.config.latent_channels
     if theirs != ours:
         raise InputError(f"`vae` is {name!r}, of {theirs} latent channels; the model's has {ours}.")
@@ -467,7 +466,7 @@ def find_model(model: str) -> str:
                 f"`diffusion` is the folder {model!r}, which has no model_index.json: no diffusers pipeline."
             )
         return model
-    if model.count("/") == 1 and not model.startswith((".", "/")):
+    if is_hub_id(model):
         return model
     known = ", ".join(EMBEDDED)
     raise InputError(
@@ -481,8 +480,8 @@ def _add_lora(pipeline: Any, name: str) -> None:
     try:
         pipeline.load_lora_weights(name, use_safetensors=True)
     except Exception as error:  # of all kinds, for a file that is something else
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"`lora` is {name!r}, which is no LoRA of {type(pipeline).__name__}: {reason}") from error
+        kind = type(pipeline).__name__
+        raise InputError(f"`lora` is {name!r}, which is no LoRA of {kind}: {first_line(error)}.") from error
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
 

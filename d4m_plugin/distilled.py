@@ -25,12 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.datasets import VisionDataset
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from d4m_plugin.cache import checksum
-from d4m_plugin.errors import InputError
-from d4m_plugin.hub import find_repository
-from d4m_plugin.preview import to_pil
+from d4m_plugin.errors import InputError, first_line
+from d4m_plugin.hub import find_repository, is_hub_id
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.record import read_record
 from d4m_plugin.sources import Source
@@ -160,7 +159,7 @@ class DistilledDataset(VisionDataset):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         if "images" in vars(self):
-            image: Any = to_pil(self.images[index])
+            image: Any = to_pil_image(self.images[index])
         else:  # one alone, as each process of a loader would decode all of them, in each epoch
             row = range(len(self))[index]
             with _told_of(self.folder):
@@ -190,7 +189,7 @@ def _choose(found: Sequence[str], config: str | None, root: str) -> str:
 
 def _is_repository(root: str | Path) -> bool:
     """Whether a root is of the form user/name, and no folder here."""
-    return isinstance(root, str) and root.count("/") == 1 and root[0] not in "./~" and not Path(root).exists()
+    return isinstance(root, str) and is_hub_id(root) and not Path(root).exists()
 
 
 def shards(folder: Path) -> list[Path]:
@@ -273,7 +272,7 @@ def _told_of(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise InputError(f"{str(folder / PARQUET)!r} is missing or damaged ({reason}).") from error
 
 
@@ -407,7 +406,7 @@ def png_of(columns: dict[str, Tensor]) -> list[bytes]:
 def png(image: Tensor) -> bytes:
     """Return an image, uint8, shape (3, H, W), encoded without loss."""
     file = io.BytesIO()
-    to_pil(image).save(file, "PNG")
+    to_pil_image(image).save(file, "PNG")
     return file.getvalue()
 
 

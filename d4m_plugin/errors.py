@@ -12,3 +12,8 @@ class InputError(ValueError):
 
 class InputWarning(UserWarning):
     """Something in the user's data is dealt with in a way that the user should know of; the command line says it."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, without a full stop; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from tqdm.auto import tqdm
 
 from d4m_plugin.cache import refusal_of
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoCard
@@ -63,6 +63,11 @@ def find_repository(repo_id: str, revision: str | None = None) -> Repository:
     """
     folder = _snapshot(repo_id, revision, ["*/d4m.json", "README.md"], tqdm_class=_Silent)
     return Repository(repo_id, folder.name, sorted(path.parent.name for path in folder.glob("*/d4m.json")))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is of the form user/name, as no path of ours begins."""
+    return name.count("/") == 1 and name[0] not in "./~"
 
 
 class NotOnTheHub(InputError):
@@ -165,8 +170,7 @@ class _HubError(Exception):
         self.cause, self.status = cause, None if response is None else int(response.status_code)
         stated = "" if response is None else response.headers.get("Retry-After", "")
         self.retry_after = int(stated) if stated.isdecimal() else 0
-        said = getattr(cause, "server_message", None) or str(cause).strip().partition("\n")[0]
-        said = said.rstrip(".") or type(cause).__name__
+        said = (getattr(cause, "server_message", None) or "").rstrip(".") or first_line(cause)
         super().__init__(f"{self.status}, {said}" if self.status else said)
 
     @property
@@ -216,10 +220,10 @@ def why_unread(error: BaseException) -> str:
             return reason
     if any(getattr(answer, "errno", None) == errno.ENOSPC for answer in answers):
         return "does not fit on the disk"
-    reason = str(error).strip().partition("\n")[0]
+    reason = first_line(error)
     if "necessary `safetensors` weights" in reason:
         return "has no .safetensors weights; a pickled checkpoint can run code and is not read"
-    return f"is no loadable image-to-image model: {reason.rstrip('.')}"
+    return f"is no loadable image-to-image model: {reason}"
 
 
 def _explained(error: _HubError, repo_id: str, local: str | None) -> InputError:

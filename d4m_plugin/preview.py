@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from d4m_plugin.lettering import font_for
 
@@ -33,14 +33,9 @@ def grid(rows: Sequence[Tensor], names: Sequence[str]) -> Image.Image:
         top = y * (cell + 2)
         draw.text((8, top + cell // 2), label, "black", font, anchor="lm")
         for x, image in enumerate(row):
-            tile = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)
+            tile = to_pil_image(image).resize((cell, cell), Image.Resampling.NEAREST)
             picture.paste(tile, (margin + x * (cell + 2), top))
     return picture
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """Return an image, uint8, shape (3, H, W), as PIL's."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().to(torch.uint8).numpy())
 
 
 def _shortened(name: str) -> str:

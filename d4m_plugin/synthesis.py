@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d4m_plugin.devices import Batches, default_device
 from d4m_plugin.diffusion import LatentDiffusion, embedded_prompts
-from d4m_plugin.errors import InputError, InputWarning
+from d4m_plugin.errors import InputError, InputWarning, first_line
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import ResolvedRecipe
 from d4m_plugin.seeding import generator_of, seed_of
@@ -57,7 +57,7 @@ def check_denoising(recipe: ResolvedRecipe, model: LatentDiffusion, prompt: str,
         named = f"`diffusion` is {recipe.diffusion!r}" + (
             f" and `scheduler` {recipe.scheduler!r}" * bool(recipe.scheduler)
         )
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{named}, with which {type(model.pipeline).__name__} makes no images ({reason}).") from error
 
 

@@ -19,7 +19,7 @@ from d4m_plugin.cache import digest, resolve_cache_dir
 from d4m_plugin.checking import fault_of, read_json
 from d4m_plugin.devices import autocast, compute_dtype
 from d4m_plugin.diffusion import ASSETS, EMBEDDED, model_digest
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, first_line
 from d4m_plugin.hub import TRANSFORMERS
 from d4m_plugin.logits import logits_in
 from d4m_plugin.models.students import SMALL_IMAGE, create_student
@@ -198,8 +198,7 @@ def open_pretrained(name: str, option: str) -> Teacher | None:
     except ImportError as error:
         raise InputError(f"`{option}` is {name!r}, but {library} is not installed here.") from error
     except Exception as error:  # of all kinds, for a repository that is something else
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"`{option}` is {name!r}, which cannot be loaded: {reason}") from error
+        raise InputError(f"`{option}` is {name!r}, which cannot be loaded: {first_line(error)}.") from error
 
 
 def _trained_once(source: Source, cache_dir: str | Path | None) -> Path:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import to_pil_image
 
 from d4m_plugin.cache import digest
 from d4m_plugin.devices import default_device
@@ -25,7 +26,6 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.pictures import features_of
 from d4m_plugin.evaluation.sets import JudgedSet, Squares
 from d4m_plugin.hub import find_repository
-from d4m_plugin.preview import to_pil
 from d4m_plugin.progress import Progress
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
@@ -378,4 +378,4 @@ class Squared:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image, label = self.images[index]
-        return to_pil(to_pixels(image, self.size, self.resize)), label
+        return to_pil_image(to_pixels(image, self.size, self.resize)), label

@@ -18,7 +18,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, first_line
 from d4m_plugin.preview import grid
 from d4m_plugin.synthesis import of_one_colour
 from d4m_plugin.teachers import PRETRAINED, name_of, open_pretrained
@@ -191,7 +191,7 @@ class _Inception(nn.Module):
             file = folder / URL_INCEPTION_V3.rpartition("/")[2]
             self.network = NoTrainInceptionV3("inception", ["2048"], str(file))
         except (OSError, RuntimeError, UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             raise InputError(
                 f"`features` is 'inception', whose weights cannot be had from {URL_INCEPTION_V3} ({reason}); put that "
                 f"file into {str(folder)!r}."

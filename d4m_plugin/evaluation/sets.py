@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
-from d4m_plugin.hub import NotOnTheHub
-from d4m_plugin.preview import to_pil
+from d4m_plugin.hub import NotOnTheHub, is_hub_id
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.sharing import OthersSet, find_set, labels_of
 from d4m_plugin.sources import LabelledImages, Source
@@ -42,7 +42,7 @@ class Squares:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return to_pil(self.pixels[index]), self.targets[index]
+        return to_pil_image(self.pixels[index]), self.targets[index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def open_set(name: str, source: Source, config_name: str | None = None) -> Judge
         InputError: where there is no such set, or its classes are not the source's.
     """
     path = Path(name).expanduser()
-    if not path.exists() and (name.count("/") != 1 or name[0] in "./~"):
+    if not path.exists() and not is_hub_id(name):
         raise InputError(f"`distilled_set` is {name!r}: no folder or file here, and no name of the Hub's (user/name).")
     if not path.exists():
         try:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from d4m_plugin.checking import check_least
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, first_line
 from d4m_plugin.hub import license_of
 from d4m_plugin.sources.base import IndexedSource
 from d4m_plugin.sources.images import natural_size, read_image, size_of
@@ -226,8 +226,8 @@ def _load(path: str, config: str | None, revision: str | None) -> "DatasetDict":
         # Resolved, as `datasets` wants a name in it, which `.` is not.
         return datasets.load_dataset(str(file.resolve()) if file.is_dir() else path, config, revision=revision)
     except Exception as error:  # of all kinds, for files and cards that are something else
-        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"`path` is {path!r}, which `datasets` cannot open: {reason}") from error
+        reason = first_line(error.__cause__ or error)
+        raise InputError(f"`path` is {path!r}, which `datasets` cannot open: {reason}.") from error
 
 
 def _split(splits: "DatasetDict", name: str, option: str) -> "Dataset":
