@@ -36,6 +36,17 @@ def made(squares, tmp_path):
     return distill(squares, RECIPE, output=tmp_path / "a-secret-place" / "set")
 
 
+# Neither we nor huggingface_hub wait between two tries.
+WITHOUT_WAITS = """
+import json
+import d4m_plugin.hub
+from huggingface_hub.utils import _http
+d4m_plugin.hub.WAITS = (0, 0)
+for each in (_http.http_backoff, _http.http_stream_backoff.__wrapped__):
+    each.__kwdefaults__["base_wait_time"] = 0
+"""
+
+
 @pytest.fixture
 def client(hub, tmp_path):
     """Runs code in a process of its own, whose Hub is the server, and returns the JSON that it prints last."""
@@ -51,8 +62,7 @@ def client(hub, tmp_path):
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).parent.parent),
         }
-        before = "import json\nimport d4m_plugin.hub\nd4m_plugin.hub.WAITS = (0, 0)\n"
-        before += f"SQUARES = {Squares.diffusion!r}\n"
+        before = f"{WITHOUT_WAITS}SQUARES = {Squares.diffusion!r}\n"
         script = tmp_path / "client.py"  # a file, which Lightning runs again for a second process
         script.write_text(before + code)
         result = subprocess.run(
@@ -266,7 +276,7 @@ def test_every_fault_is_got_over_or_told_in_a_sentence(hub, client, made):
                 "method": method,
                 "path": path,
                 "status": None if status == "slow" else status,
-                "delay": 5 if status == "slow" else 0,
+                "delay": 2 if status == "slow" else 0,
                 "times": times,
                 "headers": {"Retry-After": "600" if times > 1 else "1"} if status == 429 else {},
             },
@@ -287,7 +297,7 @@ for name, (repo, fault) in json.loads({json.dumps(cases)!r}).items():
         said[name] = str(error)
 print(json.dumps(said))
 """,
-        HF_HUB_DOWNLOAD_TIMEOUT="2",
+        HF_HUB_DOWNLOAD_TIMEOUT="1",
     )
     for name, (*_, expected) in FAULTS.items():
         if expected is None:
