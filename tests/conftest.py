@@ -27,6 +27,12 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
 
+@pytest.fixture(autouse=True)
+def no_power_cut(monkeypatch):
+    """No test cuts the power, and the disks of CI machines take long over what would outlast it."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture(scope="session")
 def random_pipeline(tmp_path_factory):
     """The folder of a pipeline with random weights."""
