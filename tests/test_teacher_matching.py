@@ -823,22 +823,25 @@ class Checkpoints(Plain):
         return self.model[2:](checkpoint(self.model[:2], images, use_reentrant=False))
 
 
+CAPTURED = "aot_eager"  # what torch.compile captures, forward and backward; no code is made of it, which takes long
+
+
 class Compiles(Plain):
     def __init__(self):
         super().__init__()
-        self.model.compile()
+        self.model.compile(backend=CAPTURED)
 
 
 class CompilesASubmodule(CallsSubmodule):
     def __init__(self):
         super().__init__()
-        self.model.compile()
+        self.model.compile(backend=CAPTURED)
 
 
 class HoldsACompiledNetwork(CallsSubmodule):
     def __init__(self):
         super().__init__()
-        self.model = torch.compile(self.model)
+        self.model = torch.compile(self.model, backend=CAPTURED)
 
 
 @pytest.mark.parametrize("student", [Checkpoints, Compiles, CompilesASubmodule, HoldsACompiledNetwork])
@@ -858,7 +861,7 @@ def test_a_compiled_lightning_module_equals_a_plain_loop(teacher, student):
     torch.manual_seed(0)
     module = student()
     network = copy.deepcopy(module.model)
-    fit(torch.compile(module), TeacherMatching(teacher, temperature=4.0))
+    fit(torch.compile(module, backend=CAPTURED), TeacherMatching(teacher, temperature=4.0))
     trained_by_hand(network, [teacher], squares_to_train_on(), "cutmix", the_papers_loss)
     assert_same_weights(module.model, network)
 
