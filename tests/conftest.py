@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from d4m_plugin import cli
+from d4m_plugin import DistilledDataset, cli, distill
 from d4m_plugin.diffusion import LatentDiffusion
 from tests.toys import Squares, save_random_pipeline
 
@@ -48,6 +49,21 @@ def random_model(random_pipeline):
 def squares(random_pipeline, monkeypatch):
     monkeypatch.setattr(Squares, "diffusion", str(random_pipeline))
     return Squares()
+
+
+@pytest.fixture(scope="session")
+def distilled_once(random_pipeline, tmp_path_factory):
+    """Put a copy of the squares' set of a recipe in a folder: it is distilled where it is first asked for."""
+    made = {}
+
+    def copied(recipe, folder):
+        if str(recipe) not in made:
+            source, place = Squares(), tmp_path_factory.mktemp("a-secret-place")
+            source.diffusion = str(random_pipeline)
+            made[str(recipe)] = distill(source, recipe, output=place / "set", cache_dir=place / "cache").root
+        return DistilledDataset(shutil.copytree(made[str(recipe)], folder))
+
+    return copied
 
 
 @pytest.fixture

@@ -50,8 +50,8 @@ def quick_teacher(monkeypatch):
 
 
 @pytest.fixture
-def arms(squares, tmp_path):
-    dataset = distill(squares, Recipe(ipc=4, prototypes=2, **CHEAP), output=tmp_path / "set")
+def arms(distilled_once, squares, tmp_path):
+    dataset = distilled_once(Recipe(ipc=4, prototypes=2, **CHEAP), tmp_path / "set")
     return Arms(ours(dataset, squares), squares, squares.diffusion)
 
 

@@ -32,8 +32,8 @@ def hub():
 
 
 @pytest.fixture
-def made(squares, tmp_path):
-    return distill(squares, RECIPE, output=tmp_path / "a-secret-place" / "set")
+def made(distilled_once, squares, tmp_path):
+    return distilled_once(RECIPE, tmp_path / "a-secret-place" / "set")
 
 
 # Neither we nor huggingface_hub wait between two tries.
@@ -138,10 +138,14 @@ def test_of_a_path_the_last_part_alone_is_told():
     assert without_folders({"roots": [Path("/home/me/a"), "/home/me/b", 1]}) == {"roots": ["a", "b", 1]}
 
 
-def test_a_push_tells_nothing_of_this_machine(hub, client, made, tmp_path):
+def test_a_push_tells_nothing_of_this_machine(hub, client, made, tmp_path_factory):
     client(pushing(made.root))
     for name, content in files_of(hub).items():
-        for secret in (str(tmp_path).encode(), b"a-secret-place", os.environ.get("USER", "root").encode() + b"/"):
+        for secret in (
+            str(tmp_path_factory.getbasetemp()).encode(),
+            b"a-secret-place",
+            os.environ.get("USER", "root").encode() + b"/",
+        ):
             assert secret not in content, name
 
 
