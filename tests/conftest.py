@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -13,6 +14,8 @@ from hypothesis import settings
 
 from d4m_plugin import DistilledDataset, cli, distill
 from d4m_plugin.diffusion import LatentDiffusion
+from tests import hub_server
+from tests.forked import Forks
 from tests.toys import Squares, save_random_pipeline
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background ignores it, and so would all it starts
@@ -64,6 +67,27 @@ def distilled_once(random_pipeline, tmp_path_factory):
         return DistilledDataset(shutil.copytree(made[str(recipe)], folder))
 
     return copied
+
+
+@pytest.fixture(scope="session")
+def the_hub():
+    with hub_server.running() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def forks(the_hub, tmp_path_factory):
+    """Starts Pythons that have imported what takes seconds, and whose Hub is ours."""
+    return Forks(
+        {
+            "HF_ENDPOINT": the_hub.url,
+            "HF_HOME": str(tmp_path_factory.mktemp("client") / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+    )
 
 
 @pytest.fixture

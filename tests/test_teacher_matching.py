@@ -1,11 +1,7 @@
 import copy
 import itertools
-import os
 import pickle
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -964,17 +960,17 @@ def matching_of_colours():
     return TeacherMatching(Teacher(network, classes, 16, mean, std), temperature=4.0, mixing="none")
 
 
-def in_two_processes(tmp_path, *args):
+@pytest.fixture
+def in_two_processes(forks, tmp_path):
+    """Runs the script in a process, where Lightning starts a second one."""
     script = tmp_path / "two.py"
     script.write_text(RUN_IN_TWO_PROCESSES)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, *args]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return lambda kind: forks.run(script, tmp_path / "weights.pt", kind, folder=tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["replicated", "sharded"])
-def test_two_processes_equal_a_plain_loop_over_the_batches_of_both(teacher, tmp_path, kind):
-    result = in_two_processes(tmp_path, tmp_path / "weights.pt", kind)
+def test_two_processes_equal_a_plain_loop_over_the_batches_of_both(in_two_processes, teacher, tmp_path, kind):
+    result = in_two_processes(kind)
     assert result.returncode == 0, result.stderr
     torch.manual_seed(0)
     network = Plain().model
@@ -1017,8 +1013,8 @@ def test_parameters_are_missed_where_processes_would_wait_for_them(kind, options
         matching.on_after_backward(trainer, Plain())
 
 
-def test_parameters_without_a_part_in_the_logits_are_named_under_ddp(tmp_path):
-    result = in_two_processes(tmp_path, tmp_path / "weights.pt", "unused")
+def test_parameters_without_a_part_in_the_logits_are_named_under_ddp(in_two_processes):
+    result = in_two_processes("unused")
     assert result.returncode != 0
     assert (
         "2 parameters of Plain have no part in its logits, such as 'unused.weight'; set `strategy` "
