@@ -1,6 +1,8 @@
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -10,8 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from d4m_plugin import cli
+from d4m_plugin import DistilledDataset, cli, distill
 from d4m_plugin.diffusion import LatentDiffusion
+from tests import hub_server
+from tests.forked import Forks
 from tests.toys import Squares, save_random_pipeline
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background ignores it, and so would all it starts
@@ -25,6 +29,12 @@ def cache(tmp_path_factory, monkeypatch):
     """An empty cache for each test, and a working folder where Lightning may leave its logs."""
     monkeypatch.setenv("D4M_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(autouse=True)
+def no_power_cut(monkeypatch):
+    """No test cuts the power, and the disks of CI machines take long over what would outlast it."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +52,42 @@ def random_model(random_pipeline):
 def squares(random_pipeline, monkeypatch):
     monkeypatch.setattr(Squares, "diffusion", str(random_pipeline))
     return Squares()
+
+
+@pytest.fixture(scope="session")
+def distilled_once(random_pipeline, tmp_path_factory):
+    """Put a copy of the squares' set of a recipe in a folder: it is distilled where it is first asked for."""
+    made = {}
+
+    def copied(recipe, folder):
+        if str(recipe) not in made:
+            source, place = Squares(), tmp_path_factory.mktemp("a-secret-place")
+            source.diffusion = str(random_pipeline)
+            made[str(recipe)] = distill(source, recipe, output=place / "set", cache_dir=place / "cache").root
+        return DistilledDataset(shutil.copytree(made[str(recipe)], folder))
+
+    return copied
+
+
+@pytest.fixture(scope="session")
+def the_hub():
+    with hub_server.running() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def forks(the_hub, tmp_path_factory):
+    """Starts Pythons that have imported what takes seconds, and whose Hub is ours."""
+    return Forks(
+        {
+            "HF_ENDPOINT": the_hub.url,
+            "HF_HOME": str(tmp_path_factory.mktemp("client") / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+    )
 
 
 @pytest.fixture

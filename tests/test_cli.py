@@ -20,6 +20,7 @@ from d4m_plugin.errors import InputWarning
 from tests.toys import Squares
 
 SHORT = ["--data.num_inference_steps", "4", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+UNMEASURED = [*SHORT[2:], "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
 
 
 def table_of(out):
@@ -209,7 +210,7 @@ def test_a_set_can_be_distilled_alone_and_trained_on(run, tmp_path):
     status, out, _ = run("distill", "--ipc", "1", "--num_inference_steps", "4", "--output", tmp_path / "set")
     assert status == 0
     assert str(tmp_path / "set") in out
-    status, out, err = run("fit", "--data.set_folder", tmp_path / "set", *SHORT[2:])
+    status, out, err = run("fit", "--data.set_folder", tmp_path / "set", *UNMEASURED)
     assert status == 0
     assert str(tmp_path / "set") in out
     assert "Synthesising" not in err
@@ -317,10 +318,10 @@ def test_stored_labels_are_written_read_by_anyone_and_learnt_from(run, tmp_path,
     assert metadata["checksums"][parquet.name] == hashlib.sha256(parquet.read_bytes()).hexdigest()
 
     words = ["--data.set_folder", tmp_path / "set", "--matching.teacher", "stored"]
-    status, out, err = run("fit", *words, *SHORT[2:])
+    status, out, err = run("fit", *words, *UNMEASURED)
     assert status == 0, err
     assert "names 99%" not in caplog.text  # no teacher was loaded
-    status, out, err = run("fit", *words[:-1], "[stored, digits]", *SHORT[2:])
+    status, out, err = run("fit", *words[:-1], "[stored, digits]", *UNMEASURED)
     assert status == 0, err
     assert shlex.split(table_of(out)["next"])[-2:] == ["--matching.teacher", '["auto", "digits"]']
 
@@ -332,7 +333,7 @@ def test_stored_labels_are_written_read_by_anyone_and_learnt_from(run, tmp_path,
 def test_several_teachers_can_be_named(run, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)  # in 2.6.0 it does not
     words = ["--matching.teacher", "[auto, digits]", "--matching.loss", "mse", "--matching.hard_label_weight", "0.1"]
-    status, _, err = run("fit", "--data.train_on", "random", *words, *SHORT[2:])
+    status, _, err = run("fit", "--data.train_on", "random", *words, *UNMEASURED)
     assert status == 0, err
     for teacher in ("auto", "digits"):
         assert f"Teacher {teacher}: names 99%" in caplog.text

@@ -35,6 +35,7 @@ def test_every_example_is_tried():
 @pytest.mark.parametrize("name", sorted(RUN_HERE))
 def test_an_example_runs(run, name):  # the fixture imported above
     short = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "1", "--data.ipc", "2"]
+    short += ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
     status, out, err = run("fit", "--config", f"config_examples/{name}", *short, "--data.num_inference_steps", "4")
     assert status == 0, err
     assert "on real test images" in out

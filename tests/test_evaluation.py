@@ -50,8 +50,8 @@ def quick_teacher(monkeypatch):
 
 
 @pytest.fixture
-def arms(squares, tmp_path):
-    dataset = distill(squares, Recipe(ipc=4, prototypes=2, **CHEAP), output=tmp_path / "set")
+def arms(distilled_once, squares, tmp_path):
+    dataset = distilled_once(Recipe(ipc=4, prototypes=2, **CHEAP), tmp_path / "set")
     return Arms(ours(dataset, squares), squares, squares.diffusion)
 
 
@@ -779,7 +779,8 @@ def test_dd_rankings_scores_are_its_formulas():
     assert scores["LRS"] == pytest.approx((math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1)))
 
 
-def test_an_evaluation_ends_with_a_verdict_a_report_and_results_on_the_card(tmp_path):
+def test_an_evaluation_ends_with_a_verdict_a_report_and_results_on_the_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "MOST_POINTS", 100)
     distill(Digits(), Recipe(ipc=2, **CHEAP), output=tmp_path / "digits")
     arms = ("equal_bytes", "real")
     rows = evaluate(str(tmp_path / "digits"), output=tmp_path / "report", seeds=2, budget=2, batch_size=20, arms=arms)
@@ -867,6 +868,7 @@ def test_a_set_that_tells_no_model_has_no_arms_of_it(squares, tmp_path):
 
 
 def test_sets_of_any_method_are_judged_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "MOST_POINTS", 100)
     trained = []
     train = Trainings._train
     monkeypatch.setattr(Trainings, "_train", lambda self, run, bar: trained.append(run) or train(self, run, bar))

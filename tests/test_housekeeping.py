@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,22 +11,35 @@ from filelock import FileLock
 import d4m_plugin.distillation as distillation
 from d4m_plugin import InputError, Recipe, distill
 from d4m_plugin.housekeeping import cache
+from tests.toys import Squares
 
 RECIPE = Recipe(ipc=4, num_inference_steps=2)
 
 
-@pytest.fixture
-def finished(squares):
-    return distill(squares, RECIPE, keep_latents=True).root
-
-
-@pytest.fixture
-def unfinished(squares, monkeypatch):
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def kept(random_pipeline, tmp_path_factory):
+    """Two caches: of a set with its latents, and of one that was stopped before it was written."""
+    source, (whole, half) = Squares(), (tmp_path_factory.mktemp(name) for name in ("whole", "half"))
+    source.diffusion = str(random_pipeline)
+    distill(source, RECIPE, keep_latents=True, cache_dir=whole)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "write_set", None)
         with pytest.raises(TypeError):
-            distill(squares, Recipe(ipc=2, num_inference_steps=2))
-    (folder,) = (distillation.resolve_cache_dir() / "sets").glob("*.partial")
+            distill(source, Recipe(ipc=2, num_inference_steps=2), cache_dir=half)
+    return whole, half
+
+
+@pytest.fixture
+def finished(kept):
+    here = shutil.copytree(kept[0], distillation.resolve_cache_dir(), dirs_exist_ok=True)
+    (folder,) = (path for path in (here / "sets").iterdir() if (path / "README.md").exists())
+    return folder
+
+
+@pytest.fixture
+def unfinished(kept):
+    here = shutil.copytree(kept[1], distillation.resolve_cache_dir(), dirs_exist_ok=True)
+    (folder,) = (here / "sets").glob("*.partial")
     return folder
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,43 +29,43 @@ TOKENS = (hub_server.WRITER, hub_server.READER, "hf_old")  # what no client may 
 
 
 @pytest.fixture
-def hub():
-    with hub_server.running() as hub:
-        yield hub
-    assert not [line for line in hub.log if "no route" in line]
+def hub(the_hub):
+    the_hub.forget()
+    yield the_hub
+    assert not [line for line in the_hub.log if "no route" in line]
 
 
 @pytest.fixture
-def made(squares, tmp_path):
-    return distill(squares, RECIPE, output=tmp_path / "a-secret-place" / "set")
+def made(distilled_once, squares, tmp_path):
+    return distilled_once(RECIPE, tmp_path / "a-secret-place" / "set")
+
+
+# Neither we nor huggingface_hub wait between two tries.
+WITHOUT_WAITS = """
+import json
+import d4m_plugin.hub
+from huggingface_hub.utils import _http
+d4m_plugin.hub.WAITS = (0, 0)
+for each in (_http.http_backoff, _http.http_stream_backoff.__wrapped__):
+    each.__kwdefaults__["base_wait_time"] = 0
+"""
 
 
 @pytest.fixture
-def client(hub, tmp_path):
+def client(hub, forks, tmp_path):
     """Runs code in a process of its own, whose Hub is the server, and returns the JSON that it prints last."""
+    shutil.rmtree(forks.environment["HF_HOME"], ignore_errors=True)
 
     def run(code, token=hub_server.WRITER, **environment):
-        own = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_TOKEN": token,
-            "D4M_CACHE": str(tmp_path / "d4m"),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
-        }
-        before = "import json\nimport d4m_plugin.hub\nd4m_plugin.hub.WAITS = (0, 0)\n"
-        before += f"SQUARES = {Squares.diffusion!r}\n"
+        own = {"HF_TOKEN": token, "D4M_CACHE": str(tmp_path / "d4m")}
+        before = f"{WITHOUT_WAITS}SQUARES = {Squares.diffusion!r}\n"
         script = tmp_path / "client.py"  # a file, which Lightning runs again for a second process
         script.write_text(before + code)
-        result = subprocess.run(
-            [sys.executable, script],
-            env={name: value for name, value in os.environ.items() if not name.startswith("HF_")} | own | environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        if environment:  # of which a fork would have read another at import
+            env = forks.with_others(own | environment)
+            result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=300)
+        else:
+            result = forks.run(script, folder=tmp_path, **own)
         assert not [each for each in TOKENS if each in result.stdout + result.stderr]
         print(result.stderr, file=sys.stderr)
         assert result.returncode == 0, result.stderr
@@ -137,8 +138,9 @@ from d4m_plugin import DistilledDataset
 print(json.dumps([len(load_dataset({REPO!r}, "ipc-2", split="train")), len(DistilledDataset({REPO!r}))]))
 """
     client(offline)
-    hub.shutdown()
+    hub.log.clear()
     assert client(offline, HF_HUB_OFFLINE="1") == [6, 6]
+    assert not hub.log
 
 
 def test_of_a_path_the_last_part_alone_is_told():
@@ -147,10 +149,14 @@ def test_of_a_path_the_last_part_alone_is_told():
     assert without_folders({"roots": [Path("/home/me/a"), "/home/me/b", 1]}) == {"roots": ["a", "b", 1]}
 
 
-def test_a_push_tells_nothing_of_this_machine(hub, client, made, tmp_path):
+def test_a_push_tells_nothing_of_this_machine(hub, client, made, tmp_path_factory):
     client(pushing(made.root))
     for name, content in files_of(hub).items():
-        for secret in (str(tmp_path).encode(), b"a-secret-place", os.environ.get("USER", "root").encode() + b"/"):
+        for secret in (
+            str(tmp_path_factory.getbasetemp()).encode(),
+            b"a-secret-place",
+            os.environ.get("USER", "root").encode() + b"/",
+        ):
             assert secret not in content, name
 
 
@@ -319,7 +325,7 @@ def test_every_fault_is_got_over_or_told_in_a_sentence(hub, client, made):
                 "method": method,
                 "path": path,
                 "status": None if status == "slow" else status,
-                "delay": 5 if status == "slow" else 0,
+                "delay": 2 if status == "slow" else 0,
                 "times": times,
                 "headers": {"Retry-After": "600" if times > 1 else "1"} if status == 429 else {},
             },
@@ -340,7 +346,7 @@ for name, (repo, fault) in json.loads({json.dumps(cases)!r}).items():
         said[name] = str(error)
 print(json.dumps(said))
 """,
-        HF_HUB_DOWNLOAD_TIMEOUT="2",
+        HF_HUB_DOWNLOAD_TIMEOUT="1",
     )
     for name, (*_, expected) in FAULTS.items():
         if expected is None:
@@ -605,14 +611,19 @@ def test_a_large_set_is_written_in_shards(tmp_path, squares):
     assert all(isinstance(image, Image.Image) for image in read["image"])
 
 
-def test_the_names_of_files_on_the_hub_do_not_leave_the_cache(hub, client, made, tmp_path):
+def test_the_names_of_files_on_the_hub_do_not_leave_the_cache(hub, client, forks, made, tmp_path):
     record = (made.folder / "d4m.json").read_bytes()
     names = ["../../x/d4m.json", "a; rm -rf x/d4m.json", "*/d4m.json", "x/../../d4m.json"]
     for number, name in enumerate(names):
         hub.dataset(f"you/theirs-{number}", {name: record, "README.md": b"---\n- no card\n---\n"})
-    before = {path for path in tmp_path.rglob("*") if "hf" not in path.parts}
+    places = (tmp_path, Path(forks.environment["HF_HOME"]).parent)
+
+    def files():
+        return {path for place in places for path in place.rglob("*") if "hf" not in path.parts}
+
+    before = files()
     said = client(READING + f"print(json.dumps([read(f'you/theirs-{{number}}') for number in range({len(names)})]))")
     for name, sentence in zip(names, said, strict=True):
         assert "\n" not in sentence, name
         assert re.search("the Hub refuses|rename it by|is not a distilled set|no such", sentence), (name, sentence)
-    assert {path for path in tmp_path.rglob("*") if "hf" not in path.parts} <= before | {tmp_path / "client.py"}
+    assert files() <= before | {tmp_path / name for name in ("client.py", "stdout.txt", "stderr.txt")}

@@ -85,7 +85,7 @@ def test_what_cannot_go_on_learning_is_named(random_pipeline, pretrained, tmp_pa
 
 
 def test_the_same_command_gives_the_same_pipeline(tmp_path):
-    options = {"vae_channels": (16, 16), "unet_channels": (32, 64), "vae_steps": 2, "unet_steps": 40, "batch_size": 16}
+    options = {"vae_channels": (16, 16), "unet_channels": (32, 64), "vae_steps": 2, "unet_steps": 10, "batch_size": 16}
     first, second = (pretrain(Squares(), tmp_path / name, **options) for name in ("first", "second"))
     assert files(first) == files(second)
 

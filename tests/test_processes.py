@@ -17,29 +17,27 @@ from d4m_plugin.processes import on_all_devices
 from tests.kills import contents
 from tests.toys import Squares
 
-ROOT = str(Path(__file__).parents[1])
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "run", "WORLD_SIZE": "2", "GROUP_RANK": "0"}
 SLURM = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
 
 
 @pytest.fixture
-def start(squares, tmp_path):
+def start(forks, squares, tmp_path):
     """Start `d4m distill` on the squares, in a process group of its own."""
     started = []
 
     def start(*options, **environment):
-        command = [sys.executable, "-m", "d4m_plugin", "distill", "--source", "tests.toys.Squares"]
-        command += ["--ipc", "4", "--prototypes", "2", "--diffusion", squares.diffusion]
-        command += ["--output", str(tmp_path / "set"), *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT} | environment
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
+        words = ["-m", "d4m_plugin", "distill", "--source", "tests.toys.Squares", "--ipc", "4", "--prototypes", "2"]
+        words += ["--diffusion", squares.diffusion, "--output", tmp_path / "set", *options]
+        folder = tmp_path / f"said-{len(started)}"
+        folder.mkdir()
+        started.append(forks.start(*words, folder=folder, **environment))
         return started[-1]
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()  # closes its pipes
+        process.communicate()
 
 
 def of_one_process(squares, folder, steps, ipc=4):

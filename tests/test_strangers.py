@@ -42,8 +42,8 @@ ROW = {"labels": "x", "arm": "y", "images": 1, "bytes": None, "mean": 0.5, "std"
 
 
 @pytest.fixture
-def made(squares, tmp_path):
-    return distill(squares, RECIPE, output=tmp_path / "set")
+def made(distilled_once, tmp_path):
+    return distilled_once(RECIPE, tmp_path / "set")
 
 
 def told(root):

@@ -1,7 +1,4 @@
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -128,11 +125,13 @@ while not (folder / "teacher.safetensors").exists():
 """
 
 
-def test_a_teacher_is_trained_by_one_process_while_the_other_waits(tmp_path):
+def test_a_teacher_is_trained_by_one_process_while_the_other_waits(forks, tmp_path):
     """As where `fit` runs on several devices: they form a process group."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", TRAINS_OR_WAITS, str(tmp_path)]
-    both = [subprocess.Popen([*command, rank], env=environment, stderr=subprocess.PIPE, text=True) for rank in "01"]
+    script, folders = tmp_path / "trains_or_waits.py", [tmp_path / rank for rank in "01"]
+    script.write_text(TRAINS_OR_WAITS)
+    for folder in folders:
+        folder.mkdir()
+    both = [forks.start(script, tmp_path, rank, folder=folder) for rank, folder in enumerate(folders)]
     try:
         said = [process.communicate(timeout=120)[1] for process in both]
     finally:
