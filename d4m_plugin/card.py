@@ -15,7 +15,7 @@ from urllib.parse import quote
 from d4m_plugin.cache import written_whole
 from d4m_plugin.checking import content_of, fault_of
 from d4m_plugin.diffusion import EMBEDDED
-from d4m_plugin.distilled import PARQUET, features_of
+from d4m_plugin.distilled import PARQUET, columns_of
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import card_of
 from d4m_plugin.recipe import Recipe
@@ -216,7 +216,7 @@ def _add_metadata(data: Any, config: str, metadata: dict[str, Any], size: int) -
     _add(data, "source_datasets", [f"extended|{source['hub_id'] or 'other-' + source['name']}"])
     _add(data, "tags", ["d4m", "dataset-distillation", "synthetic"])
     splits = SplitDict({"train": SplitInfo("train", num_bytes=size, num_examples=total)})
-    info = DatasetInfo(features=features_of(source["classes"], "labels" in metadata), splits=splits, dataset_size=size)
+    info = DatasetInfo(features=columns_of(source["classes"], "labels" in metadata), splits=splits, dataset_size=size)
     DatasetInfosDict({config: info}).to_dataset_card_data(data)
 
 

@@ -323,7 +323,7 @@ def read_prototypes(file: Path, recipe: dict[str, Any], classes: int) -> list[Pr
     return [Prototypes(each.latents.float(), each.weights) for each in found]
 
 
-def features_of(classes: list[str], with_logits: bool = False) -> Any:
+def columns_of(classes: list[str], with_logits: bool = False) -> Any:
     """Return the columns of a set as `datasets.Features`, which number the second class of a name: "crane (2)".
 
     A name's U+0085, a line's end to YAML alone, is a space, as which a card would be read.
@@ -360,7 +360,7 @@ def write_parquet(folder: Path, classes: list[str], blocks: Iterable[dict[str, T
             shape (n,), too.
         most: bytes of a file.
     """
-    schema = features_of(classes).arrow_schema
+    schema = columns_of(classes).arrow_schema
     writer, room = None, 0
     written: list[Path] = []
     for block in blocks:

@@ -7,7 +7,7 @@ from typing import Any
 
 from d4m_plugin.cache import checksum
 from d4m_plugin.card import merged_card
-from d4m_plugin.distilled import PARQUET, DistilledDataset, checksums, features_of, shards
+from d4m_plugin.distilled import PARQUET, DistilledDataset, checksums, columns_of, shards
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import Repository, persistently
 from d4m_plugin.record import encoded
@@ -136,7 +136,7 @@ def _compare(dataset: DistilledDataset, repo_id: str, commit: str, metadata: dic
     found = checksums(Repository(repo_id, commit, []).fetch(config, whole=True))
     features = persistently(lambda: load_dataset_builder(repo_id, config, revision=commit).info.features, repo_id)
     differs = sorted(name for name in sent if sent[name] != found.get(name))
-    if features != features_of(dataset.classes, dataset.logits is not None):
+    if features != columns_of(dataset.classes, dataset.logits is not None):
         differs.append("features")
     if differs:
         raise InputError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from d4m_plugin.cache import make_writable, written_whole
 from d4m_plugin.card import write_card
 from d4m_plugin.devices import default_device
-from d4m_plugin.distilled import DistilledDataset, checksums, features_of, shards
+from d4m_plugin.distilled import DistilledDataset, checksums, columns_of, shards
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import without_folders
 from d4m_plugin.progress import Progress
@@ -61,7 +61,7 @@ def relabel(
     record = read_record(dataset.folder)
     record.pop("labels", None)
     write_record(record, dataset.folder)  # so that no teacher is named meanwhile
-    schema, start = features_of(dataset.classes, with_logits=True).arrow_schema, 0
+    schema, start = columns_of(dataset.classes, with_logits=True).arrow_schema, 0
     for shard in shards(dataset.folder):
         table = pq.read_table(shard)
         own = logits[start : start + len(table)]

@@ -88,7 +88,7 @@ def readable_source(
     return WithoutBadImages(source, resolve_cache_dir(cache_dir), num_workers)
 
 
-def test_fingerprint(source: Source, images: LabelledImages) -> str:
+def fingerprint_of_tests(source: Source, images: LabelledImages) -> str:
     """Return what names a source's test images in the cache."""
     own = getattr(images, "fingerprint", "")  # of images in files, which may change beside the training split
     return f"{source.fingerprint} test {len(images)} {own}"
@@ -180,7 +180,7 @@ class WithoutBadImages(Source):
     @cached_property
     def _test(self) -> LabelledImages:
         images = self.source.test()
-        return self._without_bad(images, "test images", test_fingerprint(self.source, images))[0]
+        return self._without_bad(images, "test images", fingerprint_of_tests(self.source, images))[0]
 
     @property
     def skipped(self) -> list[str]:

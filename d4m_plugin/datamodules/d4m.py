@@ -35,7 +35,7 @@ from d4m_plugin.loading import Held, Transformed, hold, loader_of
 from d4m_plugin.progress import say
 from d4m_plugin.pushing import check_write_access
 from d4m_plugin.recipe import Recipe
-from d4m_plugin.screening import check_images, readable_source, test_fingerprint
+from d4m_plugin.screening import check_images, fingerprint_of_tests, readable_source
 from d4m_plugin.sharing import OthersSet, find_set, listed
 from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import Resize, to_pixels
@@ -230,7 +230,7 @@ class D4MDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the real test images once, ever, so that a broken one is known before the long work."""
         images = self.source.test()
-        self._check(images, "test images", test_fingerprint(self.source, images))
+        self._check(images, "test images", fingerprint_of_tests(self.source, images))
 
     def _check(self, images: LabelledImages, what: str, fingerprint: str) -> None:
         check_images(self.source, images, what, fingerprint, resolve_cache_dir(self.cache_dir), self.num_workers)

@@ -31,7 +31,7 @@ from d4m_plugin.models.classifier import ImageClassifier
 from d4m_plugin.models.students import create_student
 from d4m_plugin.one_process import fit, own_trainer
 from d4m_plugin.progress import Progress
-from d4m_plugin.screening import check_images, test_fingerprint
+from d4m_plugin.screening import check_images, fingerprint_of_tests
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import squares_of
@@ -189,7 +189,7 @@ class Trainings:
         self._decides = {
             "made with": [version("d4m-plugin"), version("torch"), default_device().type],
             "source": [source.fingerprint, list(source.classes)],
-            "tested on": [test_fingerprint(source, test), digest([repr(np.asarray(test.targets).tolist())])],
+            "tested on": [fingerprint_of_tests(source, test), digest([repr(np.asarray(test.targets).tolist())])],
             "seen": [source.mean, source.std, source.flip, judged.image_size, judged.resize],
             "steps": protocol.steps,
             "batch_size": self.protocol.batch_size,
