@@ -277,48 +277,55 @@ from d4m_plugin import InputError
 from tests import kills
 from tests.toys import Squares
 
-place, pipeline, damage, repair = sys.argv[1:]
-Squares.diffusion, distillation.BLOCK = pipeline, 4
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], check=True)
-change = lambda command: subprocess.run(command.replace("PLACE", place), shell=True, check=True)
-synthesise, made = distillation.synthesise, []
+Squares.diffusion, distillation.BLOCK = sys.argv[1], 4
+synthesise = distillation.synthesise
 
-def then_trouble(*arguments):
-    made.append(arguments)
-    if len(made) == 3:
-        change(damage)
-    return synthesise(*arguments)
+def distil(output):
+    return distillation.distill(Squares(6, kills.CLASSES), kills.RECIPE, output=output)
 
-distillation.synthesise = then_trouble
-output = Path(place) / "set"
-try:
-    distillation.distill(Squares(6, kills.CLASSES), kills.RECIPE, output=output)
-except InputError as error:
-    print(error)
-assert not output.exists()
-change(repair)
-distillation.distill(Squares(6, kills.CLASSES), kills.RECIPE, output=output)
-assert len(made) == 7, len(made)  # six blocks, of which the third was lost
-whole = distillation.distill(Squares(6, kills.CLASSES), kills.RECIPE, output=Path(place) / "whole")
-assert kills.contents(output) == kills.contents(whole.root)
+def in_trouble(place, damage, repair):
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], check=True)
+    change = lambda command: subprocess.run(command.replace("PLACE", str(place)), shell=True, check=True)
+    made = []
+
+    def then_trouble(*arguments):
+        made.append(arguments)
+        if len(made) == 3:
+            change(damage)
+        return synthesise(*arguments)
+
+    distillation.synthesise = then_trouble
+    output = place / "set"
+    try:
+        distil(output)
+    except InputError as error:
+        print(error)
+    assert not output.exists()
+    change(repair)
+    distil(output)
+    assert len(made) == 7, len(made)  # six blocks, of which the third was lost
+    assert kills.contents(output) == kills.contents(distil(place / "whole").root)
+
+for number in range(2, len(sys.argv), 2):
+    in_trouble(Path(str(number)).absolute(), *sys.argv[number : number + 2])
 """
+TROUBLES = [  # what befalls a disk, its end, and what the user is told
+    ("cat /dev/zero > PLACE/filler || true", "rm PLACE/filler", "No space left on device"),
+    ("mount --bind PLACE PLACE && mount -o remount,bind,ro PLACE", "umount PLACE", "Read-only file system"),
+]
 
 
 @pytest.mark.skipif(
     subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode != 0,
     reason="needs leave to mount a file system",
 )
-@pytest.mark.parametrize(
-    ("damage", "repair", "told"),
-    [
-        ("cat /dev/zero > PLACE/filler || true", "rm PLACE/filler", "No space left on device"),
-        ("mount --bind PLACE PLACE && mount -o remount,bind,ro PLACE", "umount PLACE", "Read-only file system"),
-    ],
-    ids=["full", "read-only"],
-)
-def test_a_disk_that_fills_up_or_turns_read_only_damages_nothing(damage, repair, told, random_pipeline, tmp_path):
-    command = ["unshare", "-rm", sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path), str(random_pipeline)]
+def test_a_disk_that_fills_up_or_turns_read_only_damages_nothing(random_pipeline):
+    command = ["unshare", "-rm", sys.executable, "-c", ON_A_SMALL_DISK, str(random_pipeline)]
+    command += [word for damage, repair, _ in TROUBLES for word in (damage, repair)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    ran = subprocess.run([*command, damage, repair], env=environment, capture_output=True, text=True)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert f"could not be used ({told}); what is done is kept: mend that and start again." in ran.stdout
+    sentences = ran.stdout.splitlines()
+    for sentence, (*_, told) in zip(sentences, TROUBLES, strict=True):
+        assert f"could not be used ({told}); what is done is kept: mend that and start again." in sentence

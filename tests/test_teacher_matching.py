@@ -699,8 +699,8 @@ def test_other_data_is_refused(teacher):
 
 
 @pytest.mark.parametrize("student", [None, "model", "modl"])
-def test_layers_built_late_may_be_named(teacher, student):
-    class Late(Plain):
+def test_layers_may_be_built_late_and_named(teacher, student):
+    class Late(CallsSubmodule):
         def __init__(self):
             super().__init__()
             del self.model
@@ -712,7 +712,9 @@ def test_layers_built_late_may_be_named(teacher, student):
         with pytest.raises(InputError, match="`student` is 'modl', which Late does not have; it has model"):
             fit(Late(), TeacherMatching(teacher, student=student))
     else:
-        assert fit(Late(), TeacherMatching(teacher, student=student)).global_step == 6
+        trainer = fit(Late(), TeacherMatching(teacher, student=student))
+        assert trainer.global_step == 6
+        assert "matching_loss" in trainer.callback_metrics
 
 
 def test_of_layers_built_late_the_named_ones_learn_from_the_first_step_on(teacher):
@@ -732,18 +734,6 @@ def test_of_layers_built_late_the_named_ones_learn_from_the_first_step_on(teache
     module = Late()
     fit(module, TeacherMatching(teacher, student="model"), max_steps=1)
     assert all(torch.equal(weight, module.first[name]) for name, weight in module.other.state_dict().items())
-
-
-def test_layers_may_be_built_late(teacher):
-    class Late(CallsSubmodule):
-        def __init__(self):
-            super().__init__()
-            del self.model
-
-        def configure_model(self):
-            self.model = Plain().model
-
-    assert "matching_loss" in fit(Late(), TeacherMatching(teacher)).callback_metrics
 
 
 def test_a_teacher_at_chance_is_refused(teacher):
