@@ -33,6 +33,9 @@ class Forks:
         FORKSERVER.set_forkserver_preload(IMPORTED)
         with patch.dict(os.environ, self.with_others({}), clear=True):
             forkserver.ensure_running()
+        ready = FORKSERVER.Process(target=int)  # so that no test's time limit holds for the imports
+        ready.start()
+        ready.join()
 
     def with_others(self, environment):
         """Return a whole environment, without what a user's own tells of a Hub."""
