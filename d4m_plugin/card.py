@@ -20,6 +20,7 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.hub import card_of
 from d4m_plugin.recipe import Recipe
 
+BESIDE_DATA = ("license", "licence", "notice", "requirements")  # files of text, whatever their suffix
 MARKUP = re.compile(r"[`<>&|\[\]*\\]")
 
 NOT_GIVEN = {"max_images_per_class": "all", "diffusion_revision": "the newest", "teacher": "none", "lora": "none"}
@@ -179,13 +180,15 @@ def merged_card(
 
 
 def _is_data(name: str) -> bool:
-    """Whether `datasets` would load a file of a repository where no config names others."""
+    """Whether `datasets` would load a file of a repository where no config names others, as rows of its own."""
     from datasets.data_files import FILES_TO_IGNORE
     from datasets.packaged_modules import _EXTENSION_TO_MODULE
 
-    if PurePath(name).name in FILES_TO_IGNORE:
+    path = PurePath(name)
+    passed_over = any(part.startswith((".", "__")) for part in path.parts)
+    if passed_over or path.name in FILES_TO_IGNORE or path.stem.lower() in BESIDE_DATA:
         return False
-    return name.lower().endswith((*_EXTENSION_TO_MODULE, ".zip", ".gz"))
+    return path.suffix.lower() in (_EXTENSION_TO_MODULE.keys() | {".zip", ".gz"}) - {".md", ".toml"}  # what tells of it
 
 
 def _add_metadata(data: Any, config: str, metadata: dict[str, Any], size: int) -> None:

@@ -25,7 +25,7 @@ from d4m_plugin.console import OneSentenceErrors, table
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.devices import trainer_precision
 from d4m_plugin.distilled import DistilledDataset
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.hub import TRANSFORMERS
 from d4m_plugin.models.classifier import ImageClassifier
 
@@ -225,10 +225,13 @@ class D4MCLI(LightningCLI):
         if shapes == {(len(names),)}:
             predicted = [logits.argmax(1) for logits in predicted]
         elif shapes != {()}:
-            raise InputError(
-                f"the `predict_step` of {type(self.model).__name__} returns neither a label nor {len(names)} logits of "
-                "each image, so that no predictions.csv is written; give it one that does."
+            warnings.warn(
+                f"`predict_step` of {type(self.model).__name__} returns neither a label nor {len(names)} logits of "
+                "each image, so that no predictions.csv is written.",
+                InputWarning,
+                stacklevel=2,
             )
+            return
         path, labels = Path(self.trainer.log_dir or ".") / "predictions.csv", torch.cat(predicted).tolist()
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

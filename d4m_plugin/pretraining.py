@@ -6,8 +6,6 @@ class name works), and a denoiser trained with classifier-free guidance dropout 
 arXiv:2112.10752; Ho and Salimans, arXiv:2207.12598).
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +22,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
-from d4m_plugin.cache import make_writable, resolve_cache_dir, written_whole
+from d4m_plugin.cache import digest, make_writable, resolve_cache_dir, written_whole
 from d4m_plugin.callbacks import RunProgress
 from d4m_plugin.checking import check_least
 from d4m_plugin.devices import autocast, compute_dtype, default_device
@@ -174,7 +172,7 @@ def pretrain(
     start = model_digest(start_from) if start_from else ""
     decides = [source.fingerprint, list(source.classes), source.flip, *options, start, seed]
     partial = output.with_name(f"{output.name}.partial")
-    work = partial / hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
+    work = partial / digest(decides)[:12]
     work.mkdir(parents=True, exist_ok=True)
 
     images, labels = _pixels(train_images, image_size), torch.as_tensor(train_images.targets, dtype=torch.int64)

@@ -7,7 +7,7 @@ from typing import Any
 
 from d4m_plugin.cache import checksum
 from d4m_plugin.card import merged_card
-from d4m_plugin.distilled import PARQUET, DistilledDataset, checksums, columns_of, shards
+from d4m_plugin.distilled import PARQUET, DistilledDataset, columns_of, shards
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import Repository, persistently
 from d4m_plugin.record import encoded
@@ -133,7 +133,8 @@ def _compare(dataset: DistilledDataset, repo_id: str, commit: str, metadata: dic
 
     config = dataset.folder.name
     sent = metadata["checksums"] | {"d4m.json": hashlib.sha256(encoded(metadata)).hexdigest()}
-    found = checksums(Repository(repo_id, commit, []).fetch(config, whole=True))
+    there = Repository(repo_id, commit, []).fetch(config, whole=True)
+    found = {name: checksum(there / name) for name in sent if (there / name).is_file()}
     features = persistently(lambda: load_dataset_builder(repo_id, config, revision=commit).info.features, repo_id)
     differs = sorted(name for name in sent if sent[name] != found.get(name))
     if features != columns_of(dataset.classes, dataset.logits is not None):

@@ -361,6 +361,11 @@ def test_what_is_nowhere_is_no_set(squares, name):
         open_set(name, squares)
 
 
+def test_a_set_that_is_no_folder_and_not_on_the_hub_is_both(squares):
+    with pytest.raises(InputError, match="`distilled_set` is 'sets/nowhere', no folder here; as a name of the Hub's: "):
+        open_set("sets/nowhere", squares)
+
+
 def results(arms, protocol, folder):
     return trained(Trainings(arms, protocol, folder).of_seeds())
 

@@ -206,7 +206,8 @@ except InputError as error:
 
 @pytest.mark.parametrize("name", ["0.jpeg", "a/IMG_1.JPG", "b.webp", "c.csv.gz", "d.tar", "e.zip", "f.txt"])
 def test_data_of_any_kind_is_not_hidden(made, name):
-    others = [".gitattributes", "README.md", "LICENSE", name]
+    others = [".gitattributes", ".github/logo.png", "README.md", "LICENSE", "LICENSE.txt", "NOTES.md", "pyproject.toml"]
+    others.append(name)
     with pytest.raises(InputError, match=rf"whose data \({name}\) has no config that names it; name another"):
         merged_card(None, "ipc-2", made.metadata, 1, REPO, others)
     assert merged_card(None, "ipc-2", made.metadata, 1, REPO, others[:-1])
@@ -237,10 +238,11 @@ def test_a_class_name_that_yaml_would_fold_is_pushed(here, squares, tmp_path):
 def test_a_set_of_the_hub_is_pushed_again_whole_and_other_peoples_files_stay(here, made):
     made.push_to_hub(REPO)
     pushed = files_of(here)
-    here.dataset(REPO, pushed | {"ipc-2/NOTES.md": b"mine", "ipc-2/notes.png": b"mine"})
+    of_others = {"ipc-2/NOTES.md": b"mine", "ipc-2/notes.png": b"mine", "ipc-2/notes/a.txt": b"mine"}
+    here.dataset(REPO, pushed | of_others)
     commit = DistilledDataset(REPO).push_to_hub(REPO, tag="v2")
     assert here.repos["dataset", REPO].tags == {"v2": commit}
-    assert files_of(here) == pushed | {"ipc-2/NOTES.md": b"mine", "ipc-2/notes.png": b"mine"}
+    assert files_of(here) == pushed | of_others
 
 
 def test_an_answer_that_is_lost_is_not_a_second_commit(hub, client, made):

@@ -362,12 +362,11 @@ class D4MDataModule(L.LightningDataModule):
                 f"the checkpoint's model learnt the classes as {listed(learnt)}, and `source`, {self.source.name}, has "
                 f"them as {listed(classes)}: another order; use images in folders, or labels, as those it learnt from."
             )
-        now = D4MDataModule.state_dict(self)
-        if differs := [
-            f"{name} {state_dict[name]} (here: {now[name]})" for name in now if state_dict[name] != now[name]
-        ]:
+        compared: list[tuple[str, Any, Any]] = [("class", *both) for both in zip(learnt, classes, strict=False)]
+        compared += [(name, state_dict[name], list(getattr(self.source, name))) for name in ("mean", "std")]
+        if differs := [f"{what} {theirs!r} (here: {ours!r})" for what, theirs, ours in compared if theirs != ours]:
             rank_zero_warn(
-                f"the checkpoint's model was trained on other data than {self.source.name}: {'; '.join(differs)}.",
+                f"the checkpoint's model was trained on other data than {self.source.name}: {listed(differs)}.",
                 category=InputWarning,
             )
 

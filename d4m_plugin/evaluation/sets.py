@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
-from d4m_plugin.hub import NotOnTheHub, is_hub_id
+from d4m_plugin.hub import is_hub_id
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.sharing import OthersSet, find_set, labels_of
 from d4m_plugin.sources import LabelledImages, Source
@@ -99,7 +99,7 @@ def open_set(name: str, source: Source, config_name: str | None = None) -> Judge
     if not path.exists():
         try:
             found = find_set(source, Recipe(), name, config_name)
-        except NotOnTheHub as error:
+        except InputError as error:
             raise InputError(f"`distilled_set` is {name!r}, no folder here; as a name of the Hub's: {error}") from error
         if isinstance(found, DistilledDataset):
             return ours(found, source)
