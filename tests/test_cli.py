@@ -144,7 +144,7 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run, mo
     status, _, err = run("test", "--ckpt_path", rows["checkpoint"])
     assert (status, "has them as 9, 8, 7, …: another order" in err) == (2, True)
     monkeypatch.setattr(Digits, "classes", [f"digit {name}" for name in Digits.classes])
-    with pytest.warns(InputWarning, match=r"other data than digits: class '0' \(here: 'digit 0'\), .*, …\."):
+    with pytest.warns(InputWarning, match=r"other data than digits: class '0' \(here: 'digit 9'\), .*, …\."):
         assert run("test", "--ckpt_path", rows["checkpoint"])[0] == 0
     monkeypatch.setattr(Digits, "classes", [*Digits.classes, "ten"])
     status, _, err = run("test", "--ckpt_path", rows["checkpoint"])
