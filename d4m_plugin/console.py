@@ -49,7 +49,8 @@ def to_the_user(run: Callable[[], None]) -> None:
             fail(str(error))
         if type(error).__name__ == "UnpicklingError":  # torch's, of what Lightning gives it
             fail("the checkpoint is damaged, or holds more than tensors: it is not read, since that could run code.")
-        if any(frame.f_code.co_name == "restore_model" for frame, _ in traceback.walk_tb(error.__traceback__)):
+        restoring = any(each.f_code.co_name == "restore_model" for each, _ in traceback.walk_tb(error.__traceback__))
+        if restoring and str(error).startswith("Error(s) in loading state_dict"):  # a module may load others of its own
             fail("`ckpt_path` names a checkpoint of another model, or of another number of classes or image size.")
         if refusal := refusal_of(error):
             fail(refusal)

@@ -89,6 +89,14 @@ def test_weights_of_a_modules_own_are_not_taken_for_a_checkpoint(run, monkeypatc
         run("fit", "--data.train_on", "random", *SHORT[2:])
 
 
+def test_what_a_module_makes_of_a_checkpoint_is_its_own(run, monkeypatch):
+    words = ["--data.train_on", "random", "--trainer.max_steps", "1", "--data.batch_size", "20"]
+    checkpoint = table_of(run("fit", *words)[1])["checkpoint"]
+    monkeypatch.setattr(ImageClassifier, "on_load_checkpoint", lambda self, checkpoint: checkpoint["nothing"])
+    with pytest.raises(KeyError, match="nothing"):
+        run("test", "--ckpt_path", checkpoint)
+
+
 @pytest.mark.parametrize(("option", "value"), [("strategy", "ddp_foo"), ("accelerator", "foo")])
 def test_what_a_trainer_cannot_be_is_told_in_a_sentence(run, option, value):
     status, _, err = run("fit", *SHORT, f"--trainer.{option}", value)
