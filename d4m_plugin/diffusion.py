@@ -128,6 +128,11 @@ class LatentDiffusion:
             raise InputError(f"`resolution` is {resolution}; {type(self.pipeline).__name__} takes multiples of {step}.")
         return resolution
 
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """Return the shape of an image's latents, (C, h, w), at an edge in pixels."""
+        edge = resolution // self.pipeline.vae_scale_factor
+        return self.pipeline.vae.config.latent_channels, edge, edge
+
     def steps_of(self, num_inference_steps: int, strength: float) -> int:
         """Return the steps that are made of each image's schedule, as the pipeline itself rounds them.
 

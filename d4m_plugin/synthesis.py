@@ -45,8 +45,7 @@ def check_denoising(recipe: ResolvedRecipe, model: LatentDiffusion, prompt: str,
     Raises:
         InputError: where that cannot be done, which would otherwise show when all real images are encoded.
     """
-    edge = resolution // model.pipeline.vae_scale_factor
-    latents = torch.zeros(1, model.pipeline.vae.config.latent_channels, edge, edge)
+    latents = torch.zeros(1, *model.latent_shape(resolution))
     try:
         with model.answering_once() as answers:
             Batches(1).run(lambda _: _denoise(model, latents, [prompt], [torch.Generator()], recipe), 1)
@@ -54,11 +53,11 @@ def check_denoising(recipe: ResolvedRecipe, model: LatentDiffusion, prompt: str,
     except InputError:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        named = f"`diffusion` is {recipe.diffusion!r}" + (
-            f" and `scheduler` {recipe.scheduler!r}" * bool(recipe.scheduler)
-        )
-        reason = first_line(error)
-        raise InputError(f"{named}, with which {type(model.pipeline).__name__} makes no images ({reason}).") from error
+        scheduler = f" and `scheduler` {recipe.scheduler!r}" if recipe.scheduler else ""
+        raise InputError(
+            f"`diffusion` is {recipe.diffusion!r}{scheduler}, with which {type(model.pipeline).__name__} makes no "
+            f"images ({first_line(error)})."
+        ) from error
 
 
 def warn_of_prompts(prompts: Sequence[str], recipe: ResolvedRecipe, model: LatentDiffusion) -> None:

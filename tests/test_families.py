@@ -108,6 +108,7 @@ def test_latents_are_those_that_the_pipeline_makes_of_an_image(folder, family):
         mean = vae.encode(pixels / 127.5 - 1).latent_dist.mean
     expected = (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
     torch.testing.assert_close(model.encode(pixels), expected)
+    assert expected.shape[1:] == model.latent_shape(16)
     with torch.no_grad():
         back = vae.decode(mean).sample
     torch.testing.assert_close(

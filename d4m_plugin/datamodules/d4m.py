@@ -284,10 +284,7 @@ class D4MDataModule(L.LightningDataModule):
         assert trainer is not None  # which calls this
         if self._logits is not None and trainer.training:
             batch, self.stored_logits = batch[:-1], batch[-1]
-        module = trainer.lightning_module  # whose own hook Lightning leaves out where the data has one
-        if is_overridden("on_before_batch_transfer", module):
-            return module.on_before_batch_transfer(batch, dataloader_idx)
-        return batch
+        return self._by_the_modules_own("on_before_batch_transfer", batch, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> Any:
         """Augment a training batch, normalise any other, on the device that the trainer has moved it to."""
@@ -296,11 +293,14 @@ class D4MDataModule(L.LightningDataModule):
         assert trainer is not None  # which calls this
         images = (self.augmented if trainer.training else self.normalised)(images)
         images = trainer.precision_plugin.convert_input(images)  # it saw uint8, before
-        packed = self.packed(images, labels)
-        module = trainer.lightning_module  # whose own hook Lightning leaves out where the data has one
-        if is_overridden("on_after_batch_transfer", module):
-            return module.on_after_batch_transfer(packed, dataloader_idx)
-        return packed
+        return self._by_the_modules_own("on_after_batch_transfer", self.packed(images, labels), dataloader_idx)
+
+    def _by_the_modules_own(self, hook: str, batch: Any, dataloader_idx: int) -> Any:
+        """Return what a module's own hook, which Lightning leaves out where the data has one, makes of a batch."""
+        trainer = self.trainer
+        assert trainer is not None  # which calls the data's
+        module = trainer.lightning_module
+        return getattr(module, hook)(batch, dataloader_idx) if is_overridden(hook, module) else batch
 
     def packed(self, images: Tensor, labels: Tensor) -> Any:
         """Return a batch of images and labels as the model takes it."""

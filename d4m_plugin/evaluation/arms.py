@@ -186,12 +186,12 @@ class Arms:
     @cached_property
     def bytes(self) -> int:
         """What the distilled set takes on disk, with labels and all; another's files; another's tensors, as PNG."""
-        dataset = self.judged.dataset
-        if self.judged.stored is not None:
-            return self.judged.stored
-        if dataset is None:
-            return sum(len(png(image)) for image in self.judged.squares.pixels)
-        return sum(path.stat().st_size for path in shards(dataset.folder))
+        judged = self.judged
+        if judged.dataset is not None:
+            return sum(path.stat().st_size for path in shards(judged.dataset.folder))
+        if judged.stored is not None:
+            return judged.stored
+        return sum(len(png(image)) for image in judged.squares.pixels)
 
     def amount(self, arm: Arm, seeds: int) -> dict[str, int | None]:
         """Return how many `images` an arm has and, where that is counted, `bytes`: of unlike draws, the means."""
@@ -300,8 +300,8 @@ class Arms:
 
     def _generated(self, number: int) -> Tensor:
         """A block of images."""
-        shape = self.model.encode(torch.zeros(1, 3, self._resolution, self._resolution, dtype=torch.uint8)).shape
-        nothing = dict.fromkeys(range(len(self.source.classes)), Prototypes(torch.zeros(shape), torch.ones(1)))
+        start = torch.zeros(1, *self.model.latent_shape(self._resolution))
+        nothing = dict.fromkeys(range(len(self.source.classes)), Prototypes(start, torch.ones(1)))
         alone = {"strength": 1.0, "mode_guidance_scale": 0.0}
         recipe = Recipe(**(vars(self.recipe) | alone)).resolved(self.source)
         prompts = recipe.prompts(self.source.classes)

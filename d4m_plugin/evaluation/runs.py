@@ -189,7 +189,7 @@ class Trainings:
         self._decides = {
             "made with": [version("d4m-plugin"), version("torch"), default_device().type],
             "source": [source.fingerprint, list(source.classes)],
-            "tested on": [fingerprint_of_tests(source, test), digest([repr(np.asarray(test.targets).tolist())])],
+            "tested on": [fingerprint_of_tests(source, test), digest(np.asarray(test.targets).tolist())],
             "seen": [source.mean, source.std, source.flip, judged.image_size, judged.resize],
             "steps": protocol.steps,
             "batch_size": self.protocol.batch_size,
@@ -263,8 +263,8 @@ class Trainings:
         labels = torch.as_tensor(tests.targets, dtype=torch.int64)
         if run.choosing:
             data.held_test_set = Held(self._slice_squares, labels)
-        named = torch.cat(trainer.predict(student, datamodule=data))  # type: ignore[arg-type]  # typed for any output
-        confusion = multiclass_confusion_matrix(named, labels, data.num_classes)
+        named: Any = trainer.predict(student, datamodule=data)  # of each batch, int64 (B,)
+        confusion = multiclass_confusion_matrix(torch.cat(named), labels, data.num_classes)
         right, there = confusion.diagonal().tolist(), confusion.sum(1).tolist()
         return {
             "accuracy": sum(right) / len(labels),

@@ -1,10 +1,10 @@
 """The set that is judged: one of ours, or images that any other method distilled."""
 
-import dataclasses
 import hashlib
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Squares:
         return to_pil_image(self.pixels[index]), self.targets[index]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class JudgedSet:
     """A distilled set.
 
@@ -165,10 +165,9 @@ def _of_a_file(path: Path, source: Source) -> JudgedSet:
 
 
 def _others(name: str, images: LabelledImages, source: Source) -> JudgedSet:
-    judged = _judged(name, Squares(squares_of(images, source.image_size), images.targets), source, "crop")
-    if isinstance(images, OthersSet):
-        return dataclasses.replace(judged, stored=sum(images.images.stored_bytes()))
-    return judged
+    squares = Squares(squares_of(images, source.image_size), images.targets)
+    stored = sum(images.images.stored_bytes()) if isinstance(images, OthersSet) else None
+    return _judged(name, squares, source, "crop", stored=stored)
 
 
 def _judged(
@@ -178,6 +177,7 @@ def _judged(
     resize: Resize,
     dataset: DistilledDataset | None = None,
     caution: str = "",
+    stored: int | None = None,
 ) -> JudgedSet:
     if len(squares) < 2:
         raise InputError(f"`distilled_set` is {name!r}, which has one image; a set of a source has two at the least.")
@@ -192,4 +192,5 @@ def _judged(
         fingerprint=digest.hexdigest()[:12],
         dataset=dataset,
         caution=caution,
+        stored=stored,
     )
