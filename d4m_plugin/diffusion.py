@@ -260,7 +260,7 @@ class LatentDiffusion:
         names: tuple[str, ...] = UNGUIDED
         if self._is_flux:
             options["max_sequence_length"] = 512 if self.pipeline.transformer.config.guidance_embeds else 256  # schnell
-        if negative_prompt and "negative_prompt" not in takes:
+        if negative_prompt and not ("negative_prompt" in takes and "negative_prompt_embeds" in self._takes):
             kind = type(self.pipeline).__name__
             raise InputError(f"`negative_prompt` is {negative_prompt!r}, but {kind} takes none; leave it out.")
         if "do_classifier_free_guidance" in takes:
@@ -303,6 +303,9 @@ class LatentDiffusion:
             num_inference_steps: steps of the whole schedule, of which `steps_of` are made.
             mode_guidance_scale: how far each step is pulled back to the start; 0 leaves it alone.
             mode_guidance_stop: share of the schedule after which it is left alone.
+
+        Raises:
+            InputError: where the pipeline takes no negative prompt, or no step is pulled.
         """
         keys = [(prompt, negative_prompt) for prompt in prompts]
         # Images come class by class: the last batch's prompts are all that is worth keeping.

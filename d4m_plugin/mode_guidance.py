@@ -30,14 +30,22 @@ def pulled_toward(prototypes: Tensor, scheduler: Any, step: Step, scale: float, 
         stop: the share of the schedule, from the noise on, in which it pulls.
 
     Returns:
-        The step, which raises InputError where the scheduler predicts in a way of its own.
+        The step, which raises InputError where the scheduler predicts in a way of its own, or the first step that is
+        made comes after `stop`.
     """
+    begun = False
 
     @functools.wraps(step)  # pipelines ask for its signature
     def pulled(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal begun
         first_free = int(stop * len(scheduler.timesteps))
         if first_free == len(scheduler.timesteps) or timestep > scheduler.timesteps[first_free]:
-            model_output = _pulled(model_output, timestep, sample, scheduler, prototypes, scale)
+            model_output, begun = _pulled(model_output, timestep, sample, scheduler, prototypes, scale), True
+        elif not begun:
+            raise InputError(
+                f"`mode_guidance_scale` is {scale}, but `strength` leaves no step before a `mode_guidance_stop` of "
+                f"{stop}, so that none is pulled; raise one of them."
+            )
         return step(model_output, timestep, sample, *args, **kwargs)
 
     return pulled

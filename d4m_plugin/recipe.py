@@ -24,8 +24,8 @@ class Recipe:
 
     Args:
         ipc: images per class to make.
-        prototypes: clusters per class, a divisor of `ipc`; by default `ipc` below 100, else the largest divisor up
-            to 50 (the paper finds 10 and 50 alike there).
+        prototypes: clusters per class, a divisor of `ipc`; by default `ipc`, or from 100 on the largest divisor from 10
+            to 50 where there is one (the paper finds 10 and 50 alike there).
         diffusion: the latent diffusion model: `digits` or `cifar10` (embedded), a folder, a `.safetensors` file of a
             whole model, or a Hub id; the source's by default.
         diffusion_revision: branch, tag or commit of a Hub id.
@@ -34,7 +34,8 @@ class Recipe:
         num_inference_steps: steps of the whole schedule, of which the share `strength` is made; of an LCM, all.
         mode_guidance_scale: how far each step is pulled back to its prototype (MGD3), at least 0; 0, the paper's, is
             off, and 0.1 goes with a `strength` of 1, which all but forgets the prototype.
-        mode_guidance_stop: share of the schedule, from the noise on, in which it pulls, in (0, 1].
+        mode_guidance_stop: share of the schedule, from the noise on, in which it pulls, in (0, 1]; of an LCM, of the
+            steps that are made.
         oversample: images that are made for each that is kept, at least 1, from noises of their own; `teacher` keeps
             the one that it is surest of.
         teacher: who chooses, where `oversample` is above 1, as TeacherMatching takes it; `auto` by default.
@@ -46,7 +47,7 @@ class Recipe:
         prompt: what the model is told, with `{name}` for the class name.
         class_names: what the prompt says for a class in place of its name: a mapping from names or label numbers, or
             a YAML or JSON file of one.
-        negative_prompt: what it is led away from.
+        negative_prompt: what it is led away from, under a `guidance_scale` above 1.
         resolution: edge in pixels that the model works at; the model's own by default.
         resize: how real images that are not square become so: `crop` cuts the middle out, `squash` (the authors' way)
             changes the shape.
@@ -116,15 +117,15 @@ class Recipe:
             raise InputError(
                 f"`guidance_scale` is {self.guidance_scale}; it must be at least 0 (1 turns guidance off)."
             )
+        if self.negative_prompt and self.guidance_scale <= 1:
+            raise InputError(
+                f"`negative_prompt` is {self.negative_prompt!r}, which a `guidance_scale` of {self.guidance_scale} "
+                "leaves out; raise that above 1, or leave the prompt out."
+            )
         if not 0 <= self.mode_guidance_scale < math.inf:
             raise InputError(f"`mode_guidance_scale` is {self.mode_guidance_scale}; it must be at least 0 (off).")
         if not 0 < self.mode_guidance_stop <= 1:
             raise InputError(f"`mode_guidance_stop` is {self.mode_guidance_stop}; it must be above 0 and at most 1.")
-        if self.mode_guidance_scale and self.strength <= 1 - self.mode_guidance_stop:
-            raise InputError(
-                f"`mode_guidance_scale` is {self.mode_guidance_scale}, but with a `strength` of {self.strength} and a "
-                f"`mode_guidance_stop` of {self.mode_guidance_stop} no step is pulled; raise one of them."
-            )
         if self.teacher is not None and self.oversample == 1:
             raise InputError(
                 f"`teacher` is {self.teacher!r}, but `oversample` is 1, which leaves it nothing to choose from; the "
@@ -198,6 +199,5 @@ def _read_names(given: dict[Any, Any] | str) -> dict[str, str]:
 
 
 def _default_prototypes(ipc: int) -> int:
-    if ipc < 100:
-        return ipc
-    return max(divisor for divisor in range(1, 51) if ipc % divisor == 0)
+    few = [divisor for divisor in range(10, 51) if ipc % divisor == 0]
+    return max(few) if ipc >= 100 and few else ipc

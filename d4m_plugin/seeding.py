@@ -12,5 +12,8 @@ def seed_of(*key: int) -> int:
 
 
 def generator_of(*key: int) -> torch.Generator:
-    """Return a generator on the CPU seeded by `seed_of(*key)`, whatever device its noise goes to."""
+    """Return a generator on the CPU seeded by `seed_of(*key)`, whatever device its noise goes to.
+
+    It takes 32 bits of the seed: of 200,000 keys some five pairs draw alike.
+    """
     return torch.Generator().manual_seed(seed_of(*key))

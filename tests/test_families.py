@@ -98,6 +98,16 @@ def test_mode_guidance_pulls_back_to_the_start(folder, family, scheduler):
     assert distance(0.5) < distance(0.1) < distance(0.0)
 
 
+@pytest.mark.parametrize(("family", "steps", "strength"), [("sd", 4, 0.7), ("sdxl", 20, 0.52)])
+def test_mode_guidance_that_would_pull_no_step_is_refused(folder, family, steps, strength):
+    """As the pipelines round the steps that they leave out down, and more than the share of the schedule."""
+    model = LatentDiffusion(folder(family), dtype=torch.float32)
+    options = {"strength": strength, "num_inference_steps": steps, "mode_guidance_scale": 0.1}
+    with pytest.raises(InputError, match=r"no step before a `mode_guidance_stop` of 0\.5, so that none is pulled"):
+        in_batches(model, starts(model), **options)
+    in_batches(model, starts(model), **options | {"mode_guidance_stop": 0.8})
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_latents_are_those_that_the_pipeline_makes_of_an_image(folder, family):
     """With the shift and scale of its VAE's configuration."""
@@ -530,3 +540,5 @@ def test_a_negative_prompt_that_a_model_does_not_take_is_refused(folder):
     model = LatentDiffusion(folder("flux"))
     with pytest.raises(InputError, match="`negative_prompt` is 'blur', but FluxImg2ImgPipeline takes none"):
         model.encode_prompt("a cat", "blur")
+    with pytest.raises(InputError, match="but LatentConsistencyModelImg2ImgPipeline takes none"):
+        LatentDiffusion(folder("lcm")).encode_prompt("a cat", "blur")  # which can embed one, and not use it

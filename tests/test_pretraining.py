@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,6 +53,39 @@ def test_the_vae_learnt_to_reconstruct(pretrained, random_model):
     test = Squares().test()
     pixels = torch.from_numpy(test.pixels).permute(0, 3, 1, 2)
     assert error(LatentDiffusion(str(pretrained)), pixels) < 0.7 * error(random_model, pixels)
+
+
+def test_the_denoiser_learns_the_weighted_velocity_and_a_tenth_without_prompt(pretrained):
+    """Against min(SNR, 5) / (SNR + 1) times the error, of a network that predicts none, by the latents it was shown."""
+    shown = []
+
+    class Nothing(torch.nn.Module):
+        def forward(self, noised, timesteps, prompts):
+            shown.append((noised, timesteps, prompts))
+            return SimpleNamespace(sample=torch.zeros_like(noised))
+
+    class Itself(torch.nn.Module):
+        def forward(self, ids):
+            return SimpleNamespace(last_hidden_state=ids[..., None])
+
+    clean = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = StableDiffusionPipeline.from_pretrained(pretrained).scheduler
+    parts = SimpleNamespace(unet=Nothing(), text_encoder=Itself(), scheduler=scheduler)
+    rows = (clean.expand(3, -1, -1, -1), torch.ones(3, dtype=torch.int64))
+    training = latent_training.DenoiserTraining(parts, torch.arange(3)[:, None].expand(3, 77), rows, 4096, 1e-3, 0)
+    training.log = lambda *_, **__: None
+    loss = training.training_step(0)
+
+    ((noised, timesteps, prompts),) = shown
+    share = scheduler.alphas_cumprod[timesteps].double().view(-1, 1, 1, 1)
+    noise = (noised - share.sqrt() * clean) / (1 - share).sqrt()
+    velocity = share.sqrt() * noise - (1 - share).sqrt() * clean
+    snr = share / (1 - share)
+    expected = (snr.clamp(max=5) / (snr + 1) * velocity**2).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert timesteps.unique().numel() > 900
+    assert set(prompts.unique().tolist()) == {1, 2}  # the class's and the empty one, which is the last
+    assert (prompts[:, 0, 0] == 2).double().mean().item() == pytest.approx(0.1, abs=0.02)
 
 
 def test_latents_have_unit_scale(pretrained):

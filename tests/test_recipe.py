@@ -18,7 +18,7 @@ from tests.toys import Squares
         ({"num_inference_steps": 1, "strength": 0.7}, "at least 2 steps"),
         ({"guidance_scale": -1.0}, "`guidance_scale` is -1.0"),
         ({"mode_guidance_scale": -0.1}, "`mode_guidance_scale` is -0.1; it must be at least 0"),
-        ({"mode_guidance_scale": 0.1, "strength": 0.5}, "a `mode_guidance_stop` of 0.5 no step is pulled"),
+        ({"negative_prompt": "blur", "guidance_scale": 1.0}, "'blur', which a `guidance_scale` of 1.0 leaves out"),
         ({"mode_guidance_stop": 0.0}, "`mode_guidance_stop` is 0.0; it must be above 0 and at most 1"),
         ({"oversample": 0}, "`oversample` is 0; it must be at least 1"),
         ({"teacher": "last.ckpt"}, "`oversample` is 1, which leaves it nothing to choose from"),
@@ -56,7 +56,9 @@ def test_a_bad_value_is_named_with_what_would_be_right(options, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("ipc", "prototypes"), [(1, 1), (10, 10), (99, 99), (100, 50), (200, 50), (120, 40)])
+@pytest.mark.parametrize(
+    ("ipc", "prototypes"), [(1, 1), (10, 10), (99, 99), (100, 50), (200, 50), (120, 40), (127, 127), (106, 106)]
+)
 def test_prototypes_follow_the_papers_rule(ipc, prototypes, squares):
     assert Recipe(ipc=ipc).resolved(squares).prototypes == prototypes
 

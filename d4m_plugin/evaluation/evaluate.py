@@ -29,6 +29,7 @@ from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.progress import is_first
 from d4m_plugin.record import ResultsRecord, read_record, write_record
 from d4m_plugin.screening import readable_source
+from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import Resize, read_image, squares_of
 from d4m_plugin.subsets import at_most
@@ -202,7 +203,7 @@ def network_of(
 
 def _sample(source: Source, size: int, resize: Resize) -> tuple[Tensor, Tensor]:
     """Return real training images, at most 5,000 of all classes together, as squares, and their labels."""
-    chosen = at_most(source.train(), max(1, REAL_SAMPLE // len(source.classes)), seed=0)
+    chosen = at_most(source.train(), max(1, REAL_SAMPLE // len(source.classes)), seed_of(-2))  # no arm's draw
     return squares_of(chosen, size, resize), torch.as_tensor(chosen.targets, dtype=torch.int64)
 
 
