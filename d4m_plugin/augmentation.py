@@ -54,9 +54,9 @@ def resize_boxes(images: Tensor, boxes: Boxes, mirrored: Tensor) -> Tensor:
     down = _positions(images.shape[-2], boxes.top, boxes.height)
     right = _positions(images.shape[-1], boxes.left, boxes.width)
     right = torch.where(mirrored[:, None], right.flip(1), right)
+    down, right = down.to(images), right.to(images)  # before they are made a grid, many times as large
     rows, columns = torch.broadcast_tensors(down[:, :, None], right[:, None, :])
-    grid = torch.stack([columns, rows], dim=-1).to(images.device, images.dtype, non_blocking=True)
-    return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images, torch.stack([columns, rows], dim=-1), align_corners=False)
 
 
 def _positions(size: int, start: Tensor, length: Tensor) -> Tensor:

@@ -94,7 +94,13 @@ class LatentDiffusion:
         return [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
 
     def _bring(self, wanted: Collection[Any]) -> None:
-        """Have some parts of the pipeline on the device beside the VAE, and no others: they take turns in memory."""
+        """Have some parts of the pipeline on the device beside the VAE, and no others: they take turns in memory.
+
+        But where all of them leave most of it free, they stay: the batches of few-step models are soon done.
+        """
+        weights = sum(tensor.nbytes for tensor in self._tensors())
+        if weights < _memory_of(self.device) / 4:
+            wanted = self.modules
         for part in sorted(self.modules, key=lambda part: part in wanted):  # first out, then in
             if part is not self.pipeline.vae:
                 part.to(self.device if part in wanted else "cpu")
@@ -205,10 +211,19 @@ class LatentDiffusion:
     def _tensors(self) -> list[Tensor]:
         return [tensor for part in self.modules for tensor in (*part.parameters(), *part.buffers())]
 
+    def _autocast(self, part: Any) -> torch.autocast:
+        """Return a context of half passes for whole weights.
+
+        Half ones run as they are: autocast would bring each norm to float32 and back, and undo the float32 that T5
+        keeps where float16 overflows.
+        """
+        return autocast(self.device, self.dtype if part.dtype == torch.float32 else torch.float32)
+
     @property
     def _vae_autocast(self) -> torch.autocast:
-        whole = self.dtype == torch.float16 and self.pipeline.vae.dtype == torch.float32  # as some have to be
-        return autocast(self.device, torch.float32 if whole else self.dtype)
+        if self.dtype == torch.float16:  # whole weights are there since half passes overflow
+            return autocast(self.device, torch.float32)
+        return self._autocast(self.pipeline.vae)
 
     def _or_in_tiles(self, work: Callable[[Tensor], Any], batch: Tensor) -> Any:
         """Run the VAE, in tiles where the device's memory does not hold one image whole: rather seams than an end."""
@@ -268,9 +283,7 @@ class LatentDiffusion:
             # None lets SDXL take its own empty prompt
             options |= {"do_classifier_free_guidance": True, "negative_prompt": negative_prompt or None}
         self._bring([part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")])
-        # Half weights run as they are: autocast would undo the float32 that T5 keeps where float16 overflows.
-        whole = self._denoiser.dtype == torch.float32
-        with autocast(self.device, self.dtype if whole else torch.float32), _quietly():
+        with self._autocast(self._denoiser), _quietly():
             tensors = self.pipeline.encode_prompt(prompt=prompt, device=self.device, num_images_per_prompt=1, **options)
         return {name: tensor for name, tensor in zip(names, tensors, strict=False) if name in self._takes}
 
@@ -324,7 +337,7 @@ class LatentDiffusion:
         if mode_guidance_scale:
             packed = self.pipeline._pack_latents(latents, *latents.shape) if self._is_flux else latents
             step = pulled_toward(packed, scheduler, step, mode_guidance_scale, mode_guidance_stop)
-        with autocast(self.device, self.dtype), _stepping(scheduler, step):
+        with self._autocast(self._denoiser), _stepping(scheduler, step):
             output = self.pipeline(
                 image=latents,
                 strength=strength,
@@ -369,6 +382,11 @@ def embedded_prompts(model: str) -> list[str]:
     with safe_open(ASSETS / model / "teacher.safetensors", "pt") as file:
         names: list[str] = json.loads(file.metadata()["data"])["classes"]
     return names
+
+
+def _memory_of(device: torch.device) -> int:
+    """Return the bytes of an accelerator's memory; 0 where they cannot be told."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 @contextmanager

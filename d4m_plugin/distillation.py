@@ -225,34 +225,29 @@ def make_prototypes(
         encoded: gives each of some labels with the latents of its images, float32, shape (N, C, h, w).
         recipe: prototypes and seed.
         kept: the folder of latents that a run was told to keep.
-        keep_latents: keep them there; else those of a class lie in `work` until it is clustered.
+        keep_latents: keep them there.
     """
     labels = {class_file(work, label).name: label for label in counts}
     sizes = {name: counts[label] for name, label in labels.items()}
 
     def finish(label: int, latents: Tensor, encoding: float) -> None:
+        if keep_latents and not _latents_file(kept, label).exists():
+            save_tensors(_latents_file(kept, label), {"latents": latents})
         started = time.perf_counter()
         found = cluster(latents, recipe.prototypes, seed_of(recipe.seed, label))
         seconds = {"encode": encoding, "cluster": time.perf_counter() - started}
         save_tensors(class_file(work, label), {"latents": found.latents.half(), "weights": found.weights}, **seconds)
-        _latents_file(work, label).unlink(missing_ok=True)
 
-    class_in_hand: Future[None] | None = None
-
-    def hand_on(label: int, latents: Tensor, encoding: float) -> None:
-        nonlocal class_in_hand
-        if class_in_hand:
-            class_in_hand.result()
-        class_in_hand = _beside(partial(finish, label, latents, encoding))
+    beside = _Beside()
 
     def not_encoded(labels: Iterable[int]) -> Iterator[int]:
         for label in labels:
             started = time.perf_counter()
-            latents = _read_latents([kept, work], label)
+            latents = _read_latents(_latents_file(kept, label))
             if latents is None:
                 yield label
             else:
-                hand_on(label, latents, time.perf_counter() - started)
+                beside.run(partial(finish, label, latents, time.perf_counter() - started))
 
     with (
         Progress("Encoding", sum(counts.values())) as progress,
@@ -261,38 +256,47 @@ def make_prototypes(
         for free in classes.rounds():
             started = time.perf_counter()
             for label, latents in encoded(not_encoded(labels[name] for name in free), progress):
-                save_tensors(_latents_file(kept if keep_latents else work, label), {"latents": latents})
-                hand_on(label, latents, time.perf_counter() - started)
+                beside.run(partial(finish, label, latents, time.perf_counter() - started))
                 started = time.perf_counter()
-            if class_in_hand:
-                class_in_hand.result()
+            beside.wait()
 
 
-def _beside(work: Callable[[], None]) -> "Future[None]":
-    """Run work beside this thread; it does not keep the process from ending."""
-    future: Future[None] = Future()
+class _Beside:
+    """Work beside this thread, one piece at a time; it does not keep the process from ending."""
 
-    def run() -> None:
-        try:
-            work()
-            future.set_result(None)
-        except BaseException as error:  # whoever waits for the result is told
-            future.set_exception(error)
+    def __init__(self) -> None:
+        self._in_hand: Future[None] | None = None
 
-    threading.Thread(target=run, daemon=True).start()
-    return future
+    def run(self, work: Callable[[], None]) -> None:
+        """Begin a piece of work once the one before it is done."""
+        self.wait()
+        future = self._in_hand = Future[None]()
+
+        def run() -> None:
+            try:
+                work()
+                future.set_result(None)
+            except BaseException as error:  # whoever waits for the result is told
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def wait(self) -> None:
+        """Wait for the work to be done; raises what it raised."""
+        if self._in_hand:
+            self._in_hand.result()
 
 
-def _read_latents(folders: Sequence[Path], label: int) -> Tensor | None:
-    """Return the latents of a class from the first folder that has them whole."""
-    for folder in folders:
-        try:
-            return load_tensors(_latents_file(folder, label))["latents"]
-        except FileNotFoundError:
-            continue
-        except DamagedError as error:
-            warnings.warn(f"{error} The class is encoded again.", InputWarning, stacklevel=2)
-    return None
+def _read_latents(file: Path) -> Tensor | None:
+    """Return the latents of a class, None where they are not kept whole."""
+    try:
+        return load_tensors(file)["latents"]
+    except FileNotFoundError:
+        return None
+    except DamagedError as error:
+        warnings.warn(f"{error} The class is encoded again.", InputWarning, stacklevel=2)
+        file.unlink(missing_ok=True)
+        return None
 
 
 def make_images(
@@ -307,8 +311,12 @@ def make_images(
     wanted = [(label, index) for label in range(len(prompts)) for index in range(recipe.ipc)]
     files = block_files(work, recipe, len(prompts))
     blocks = {file.name: wanted[n * BLOCK : (n + 1) * BLOCK] for n, file in enumerate(files)}
-    batches = Batches(batch_size)
+    batches, beside = Batches(batch_size), _Beside()
     sizes = {name: len(block) for name, block in blocks.items()}
+
+    def finish(name: str, columns: dict[str, Tensor], seconds: float) -> None:
+        save_tensors(work / name, with_png(columns), synthesise=seconds)
+
     with Progress("Synthesising", len(wanted)) as progress, Units(work, sizes, load_tensors, progress) as units:
         for free in units.rounds():
             for name in free:
@@ -316,7 +324,8 @@ def make_images(
                 labels = {label for label, _ in blocks[name]}
                 prototypes = {label: load_prototypes(work, label) for label in labels}
                 columns = synthesise(blocks[name], prototypes, prompts, recipe, model, teacher, batches)
-                save_tensors(work / name, with_png(columns), synthesise=time.perf_counter() - started)
+                beside.run(partial(finish, name, columns, time.perf_counter() - started))
+            beside.wait()
 
 
 def make_set(folder: Path, work: Path, source: Source, recipe: ResolvedRecipe, model: LatentDiffusion) -> None:

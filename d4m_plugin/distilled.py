@@ -7,11 +7,14 @@ ipc-10/prototypes.safetensors           for each label: LABEL.latents [K, C, h, 
 ipc-10/preview.png, prototypes.png      a grid each, one row a class
 """
 
+import collections
 import io
 import itertools
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.datasets import VisionDataset
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from d4m_plugin.cache import checksum
 from d4m_plugin.errors import InputError, first_line
@@ -33,7 +36,7 @@ from d4m_plugin.hub import find_repository, is_hub_id
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.record import read_record
 from d4m_plugin.sources import Source
-from d4m_plugin.sources.images import read_image
+from d4m_plugin.sources.images import Resize, read_image, to_pixels
 
 CONFIG = re.compile(r"\w[\w.-]*")  # a config's name, which cards, URLs and commands hold as it is
 PARQUET = "train-*.parquet"
@@ -132,7 +135,40 @@ class DistilledDataset(VisionDataset):
 
         Without them, each image is decoded anew whenever it is asked for alone.
         """
-        return _read_images(self.folder, len(self), self.recipe["image_size"])
+        return self._read(self.recipe["image_size"], "crop")
+
+    def squares(self, size: int, resize: Resize = "crop") -> Tensor:
+        """Return the images as squares of another size, uint8, shape (N, 3, size, size), which alone are held.
+
+        Args:
+            size: edge in pixels; of the images' own, they are `images`.
+            resize: how real images became squares.
+        """
+        return self.images if size == self.recipe["image_size"] else self._read(size, resize)
+
+    def _read(self, size: int, resize: Resize) -> Tensor:
+        """Return the images of a size, each from its file, many at once: decoding leaves Python's lock alone.
+
+        Raises:
+            InputError: where they are something else than the record says.
+        """
+        # Warnings' filters, which reading sets for a while, are all threads'.
+        with _told_of(self.folder), warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+            try:
+                images = torch.empty(len(self), 3, size, size, dtype=torch.uint8)
+            except RuntimeError as error:
+                raise ValueError(f"{len(self):,} images of {size:,} pixels do not fit in memory") from error
+
+            def read(row: int, encoded: pa.BinaryScalar) -> None:
+                images[row] = to_pixels(_decoded(encoded, row, self.recipe["image_size"]), size, resize)
+
+            start = 0
+            for batch in _batches(map(pq.ParquetFile, shards(self.folder)), "image"):
+                if start + len(batch) > len(self):
+                    raise ValueError(f"it has more rows than it says, {len(self):,}")
+                collections.deque(pool.map(read, itertools.count(start), batch), 0)
+                start += len(batch)
+        return images
 
     @cached_property
     def _encoded(self) -> pa.ChunkedArray:
@@ -238,25 +274,6 @@ def _read_columns(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
         if not columns.get("logits", columns["weight"]).isfinite().all():
             raise ValueError("column 'logits' has values that are no numbers")
     return columns
-
-
-def _read_images(folder: Path, rows: int, size: int) -> Tensor:
-    """Return the images of a set, uint8, shape (rows, 3, size, size), decoded a few at a time.
-
-    Raises:
-        InputError: where they are something else.
-    """
-    with _told_of(folder):
-        try:
-            images = torch.empty(rows, 3, size, size, dtype=torch.uint8)
-        except RuntimeError as error:
-            raise ValueError(f"{rows:,} images of {size:,} pixels do not fit in memory") from error
-        files = map(pq.ParquetFile, shards(folder))
-        for row, encoded in enumerate(itertools.chain.from_iterable(_batches(files, "image"))):
-            if row == rows:
-                raise ValueError(f"it has more rows than it says, {rows:,}")
-            images[row] = pil_to_tensor(_decoded(encoded, row, size))
-    return images
 
 
 def _decoded(encoded: pa.BinaryScalar, row: int, size: int) -> Image.Image:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
 from d4m_plugin.sources import LabelledImages
+from d4m_plugin.sources.images import Resize, squares_of, to_pixels
 
 HELD_BYTES = 2**31  # of training or test images; more are read anew for each batch
 
@@ -35,18 +36,22 @@ class Held(TensorDataset):
         return batch
 
 
-def hold(
-    images: LabelledImages, size: int, square: Callable[[Image.Image], Tensor], whatever_size: bool = False
-) -> Held | None:
-    """Return images held as squares; None where they are too many, or some are of another size and that matters."""
-    if not whatever_size and 3 * size**2 * len(images) > HELD_BYTES:
+def hold(images: LabelledImages, size: int, resize: Resize, num_workers: int) -> Held:
+    """Return images held as squares, read by `num_workers` processes."""
+    pixels = squares_of(images, size, resize, num_workers=num_workers)
+    return Held(pixels, torch.as_tensor(images.targets, dtype=torch.int64))
+
+
+def hold_squares(images: LabelledImages, size: int) -> Held | None:
+    """Return images that are squares of a size already, held; None where they are too many, or some are others."""
+    if 3 * size**2 * len(images) > HELD_BYTES:
         return None
     pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     for index in range(len(images)):
         image, _ = images[index]
-        if image.size != (size, size) and not whatever_size:
+        if image.size != (size, size):
             return None
-        pixels[index] = square(image)
+        pixels[index] = to_pixels(image, size)
     return Held(pixels, torch.as_tensor(images.targets, dtype=torch.int64))
 
 

@@ -73,12 +73,12 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor
     return ids
 
 
-def _pixels(images: LabelledImages, size: int) -> Tensor:
+def _pixels(images: LabelledImages, size: int, num_workers: int) -> Tensor:
     """Return images, uint8 (N, 3, size, size)."""
     pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     with Progress("Reading", len(images)) as progress:
         for part in torch.arange(len(images)).split(READ_AT_ONCE):
-            pixels[part] = squares_of(images, size, chosen=part.tolist())
+            pixels[part] = squares_of(images, size, chosen=part.tolist(), num_workers=num_workers)
             progress.update(len(part))
     return pixels
 
@@ -175,7 +175,10 @@ def pretrain(
     work = partial / digest(decides)[:12]
     work.mkdir(parents=True, exist_ok=True)
 
-    images, labels = _pixels(train_images, image_size), torch.as_tensor(train_images.targets, dtype=torch.int64)
+    images, labels = (
+        _pixels(train_images, image_size, num_workers),
+        torch.as_tensor(train_images.targets, dtype=torch.int64),
+    )
     if source.flip:
         images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
     if pipeline is None:

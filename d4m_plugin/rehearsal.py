@@ -99,7 +99,8 @@ def estimate(
         "images to make": f"{to_make:,}, {resolved.ipc} of each of {len(source.classes):,} classes",
         "passes of the model": f"{to_make * tries * passes:,}: {passes} an image, in {steps} steps"
         + (f", {tries} tries" if tries > 1 else ""),
-        "on disk": f"{_bytes(pixels * PNG_SHARE + prototypes)}, of which prototypes {_bytes(prototypes)}"
+        "on disk": f"{_bytes(pixels * PNG_SHARE + prototypes)}, of which prototypes {_bytes(prototypes)}; twice as "
+        "much while the set is written"
         + (f"; {_bytes(of_image * len(images))} of latents, kept in the cache" if keep_latents else ""),
         "memory": f"{_bytes(weights)} of weights{_peak(model.device)}"
         + (f"; {_bytes(of_class)} of a class's latents, less by `max_images_per_class`" if of_class > MUCH else ""),

@@ -108,7 +108,7 @@ class Units:
             return 0.0
 
     def _missing(self) -> list[str]:
-        present = {path.name for path in self.folder.iterdir()}
+        present = set(os.listdir(self.folder))
         for name in self._held.keys() & present:
             self._held.pop(name).release()
         missing = [name for name in self.sizes if name not in present]

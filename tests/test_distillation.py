@@ -601,25 +601,16 @@ def test_kept_latents_are_of_one_model_and_one_way_to_read_the_images(
     assert kept(**changes) == 2
 
 
-def test_latents_of_a_class_are_encoded_once_and_lie_there_until_it_is_clustered(squares, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        patch.setattr(distillation, "cluster", None)
-        with pytest.raises(TypeError):
-            distill(squares, RECIPE, output=tmp_path / "set")
-    begun = {path.name for path in (tmp_path / "set.partial").glob("*/latents-*")}
-    assert begun
-    encoded, left = [], []
-    encode, synthesise = LatentDiffusion.encode, distillation.synthesise
+def test_latents_lie_nowhere_unless_they_are_kept(squares, monkeypatch, tmp_path):
+    seen, cluster = [], distillation.cluster
 
     def watched(*options):
-        left.extend((tmp_path / "set.partial").glob("*/latents-*"))
-        return synthesise(*options)
+        seen.append([path.name for path in (tmp_path / "set.partial").rglob("latents-*")])
+        return cluster(*options)
 
-    monkeypatch.setattr(LatentDiffusion, "encode", lambda self, few: encoded.append(len(few)) or encode(self, few))
-    monkeypatch.setattr(distillation, "synthesise", watched)
+    monkeypatch.setattr(distillation, "cluster", watched)
     distill(squares, RECIPE, output=tmp_path / "set")
-    assert sum(encoded) == 6 * (3 - len(begun))
-    assert left == []
+    assert seen == [[], [], []]
 
 
 @pytest.mark.parametrize("broken", [0, 2])
@@ -823,13 +814,23 @@ def test_an_image_is_decoded_alone_until_all_are(squares, monkeypatch):
 
     monkeypatch.setattr(distilled, "read_image", noting)
     assert torch.equal(made[-1][0], whole.images[5])
-    assert rows[-1:] == ["row 5"]
+    assert rows[:1] == ["row 5"]
     assert len(rows) == 1 + 6  # of the other set, all
-    monkeypatch.setattr(distilled, "_read_images", None)
+    monkeypatch.setattr(DistilledDataset, "_read", None)
     by_workers = torch.cat([images for images, _ in DataLoader(made, 2, num_workers=2)])
     assert torch.equal(by_workers, whole.images)
     monkeypatch.setattr(distilled, "read_image", None)
     assert torch.equal(pil_to_tensor(whole[3][0]), whole.images[3])
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_a_training_at_another_size_holds_those_squares_alone(squares, resize):
+    distilled = distill(squares, Recipe(ipc=2, num_inference_steps=2))
+    expected = torch.stack([to_pixels(image, 24, resize) for image, _ in distilled])
+    dataset = DistilledDataset(distilled.root)
+    assert torch.equal(dataset.squares(24, resize), expected)
+    assert not {"images", "_encoded"} & set(vars(dataset))
+    assert torch.equal(dataset.squares(dataset.recipe["image_size"]), distilled.images)
 
 
 def test_prototypes_are_drawn_at_the_size_of_the_images(squares):

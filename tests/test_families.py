@@ -8,6 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
+import d4m_plugin.diffusion as diffusion
 import d4m_plugin.rehearsal as rehearsal
 from d4m_plugin import InputError, LatentDiffusion, Recipe
 from d4m_plugin.diffusion import _make_scheduler
@@ -305,7 +306,7 @@ def test_the_generators_decide_all_noise(folder, family, scheduler, options, mod
     def denoised(seed, some=slice(3)):
         torch.manual_seed(seed)
         generators = [generator_of(1, index) for index in range(3)]
-        options = {"num_inference_steps": 4, "mode_guidance_scale": mode_guidance_scale}
+        options = {"strength": 1.0, "num_inference_steps": 4, "mode_guidance_scale": mode_guidance_scale}
         return model.denoise(starts(model)[some], PROMPTS[some], generators[some], **options)
 
     assert torch.equal(denoised(1), denoised(2))
@@ -429,6 +430,38 @@ def test_only_what_a_stage_needs_is_on_the_device(folder, family, monkeypatch):
     assert {name for name, _ in seen} == {"text", denoiser}
     assert all(on_it == {"vae", name} for name, on_it in seen)
     assert all(names(on_it) <= {"vae", "text"} or names(on_it) == {"vae", denoiser} for on_it in together)
+
+
+def test_parts_stay_on_a_device_that_has_room_for_all(folder, monkeypatch):
+    left, move = [], torch.nn.Module.to
+    model = LatentDiffusion(folder("sd"), device=torch.device("cpu:0"), dtype=torch.float32)
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda part, *to: left.append(part) if to == ("cpu",) else move(part, *to)
+    )
+    monkeypatch.setattr(diffusion, "_memory_of", lambda _: 2**30)
+    for prompt in PROMPTS:
+        model.denoise(starts(model)[:1], [prompt], [generator_of(0)], num_inference_steps=2)
+    assert not left
+    monkeypatch.setattr(diffusion, "_memory_of", lambda _: 2**10)
+    model.encode_prompt("a cat", "")
+    assert model.pipeline.unet in left
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_half_weights_are_used_as_they_are_and_whole_ones_in_half_passes(folder, family):
+    """As stock pipelines use them: autocast would bring each norm to float32 and back."""
+    cast = set()
+    images = {}
+    for kind in ("whole", "half"):
+        model = LatentDiffusion(folder(family), dtype=torch.bfloat16)
+        if kind == "half":
+            model.pipeline.to(torch.bfloat16)  # as an accelerator has them
+        for part in (*model.modules, model.pipeline.vae.encoder, model.pipeline.vae.decoder):
+            part.register_forward_pre_hook(lambda *_, kind=kind: cast.add((kind, torch.is_autocast_enabled("cpu"))))
+        images[kind] = in_batches(model, starts(model), guidance_scale=5.0, num_inference_steps=6)
+        model.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    assert cast == {("whole", True), ("half", False)}
+    assert (images["whole"] - images["half"]).abs().mean() < 2 / 255
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import torch
 from PIL import Image, ImageCms
 
 from d4m_plugin import InputError
-from d4m_plugin.sources.images import natural_size, read_image, to_pixels, to_rgb
+from d4m_plugin.sources.images import natural_size, read_image, squares_of, to_pixels, to_rgb
+from tests.toys import Squares
 
 
 def saved(image, kind, **options):
@@ -167,3 +168,9 @@ def test_the_natural_size_is_the_median_shorter_edge_up_to_224():
 
     assert natural_size(images(20, 28, 90)) == 28
     assert natural_size(images(500, 600)) == 224
+
+
+@pytest.mark.parametrize("chosen", [None, [100, 3, 3], []])
+def test_processes_read_the_same_squares(chosen):
+    images = Squares(per_class=40).train()
+    assert torch.equal(squares_of(images, 8, chosen=chosen, num_workers=2), squares_of(images, 8, chosen=chosen))

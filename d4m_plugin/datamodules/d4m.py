@@ -3,9 +3,9 @@
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.hub import NotOnTheHub
-from d4m_plugin.loading import Held, Transformed, hold, loader_of
+from d4m_plugin.loading import Held, Transformed, hold, hold_squares, loader_of
 from d4m_plugin.progress import say
 from d4m_plugin.pushing import check_write_access
 from d4m_plugin.recipe import Recipe
@@ -326,8 +326,7 @@ class D4MDataModule(L.LightningDataModule):
         return self._normalise(images.float() / 255)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.source.mean, self.source.std))
-        return (images - mean) / std
+        return (images - _by_channel(self.source.mean, images)) / _by_channel(self.source.std, images)
 
     def __str__(self) -> str:
         # Lightning's asks every loader for its size: printing would distil.
@@ -335,9 +334,7 @@ class D4MDataModule(L.LightningDataModule):
 
     def to_unit_range(self, images: Tensor) -> Tensor:
         """Return normalised images, shape (B, 3, H, W), in [0, 1] again."""
-        mean = images.new_tensor(self.source.mean).view(3, 1, 1)
-        std = images.new_tensor(self.source.std).view(3, 1, 1)
-        return images * std + mean
+        return images * _by_channel(self.source.std, images) + _by_channel(self.source.mean, images)
 
     def state_dict(self) -> dict[str, Any]:
         """Tell a checkpoint what its model was trained on, so that it can serve as a teacher."""
@@ -373,15 +370,17 @@ class D4MDataModule(L.LightningDataModule):
     @cached_property
     def _held_training_set(self) -> Held | None:
         images, size = self.training_set, self.image_size
-        if isinstance(images, DistilledDataset) and images.images.shape[-2:] == (size, size):
-            return Held(images.images, torch.as_tensor(images.targets))
+        if isinstance(images, DistilledDataset):
+            return Held(images.squares(size, self.resize), torch.as_tensor(images.targets))
+        if self.train_on == "real":
+            return hold_squares(images, size)
         # As many as a distilled set are held in any case, as the squares that it would store.
-        return hold(images, size, self._square, whatever_size=self.train_on != "real")
+        return hold(images, size, self.resize, self.num_workers)
 
     @cached_property
     def held_test_set(self) -> Held | None:
         """The test images in memory, as students see them; None where they are too many."""
-        return hold(self.source.test(), self.image_size, self._square)
+        return hold_squares(self.source.test(), self.image_size)
 
     @property
     def _square(self) -> Callable[[Image.Image], Tensor]:
@@ -394,6 +393,17 @@ class D4MDataModule(L.LightningDataModule):
         labels = torch.as_tensor(self.distilled.targets)
         of_class = torch.zeros(self.num_classes, dtype=torch.float64).index_add(0, labels, weights)
         return WeightedRandomSampler((weights / of_class[labels]).tolist(), len(held))
+
+
+def _by_channel(values: Sequence[float], images: Tensor) -> Tensor:
+    """Return a value for each channel of images, shape (3, 1, 1), on their device."""
+    return _on_device(tuple(values), images.device, images.dtype)
+
+
+@cache  # each copy to an accelerator waits for it
+def _on_device(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # a training may follow a validation
+        return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
 
 
 @contextmanager

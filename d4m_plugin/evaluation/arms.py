@@ -85,6 +85,7 @@ class Arms:
         kept: a folder where images that a model makes or finds are kept: no later training, or command, does it again.
         teacher: who chooses, as TeacherMatching takes it.
         cache_dir: as for D4MDataModule.
+        num_workers: processes that read images.
     """
 
     judged: JudgedSet
@@ -94,6 +95,7 @@ class Arms:
     kept: Path | None = None
     teacher: str = "auto"
     cache_dir: Path | None = None
+    num_workers: int = 0
 
     @cached_property
     def train(self) -> LabelledImages:
@@ -263,6 +265,10 @@ class Arms:
     def _resolution(self) -> int:
         return self.model.check_resolution(self.recipe.resolution)
 
+    def squares_of(self, images: LabelledImages) -> Tensor:
+        """Return images as all arms have them, uint8, shape (N, 3, H, H)."""
+        return squares_of(images, self.judged.image_size, self.judged.resize, num_workers=self.num_workers)
+
     def _squared(self, images: LabelledImages) -> "Squared":
         return Squared(images, self.judged.image_size, self.judged.resize)
 
@@ -319,7 +325,7 @@ class Arms:
         for label, members in members_by_label(self.train.targets).items():
             own = Chosen(self.train, members)
             count = self.judged.counts[label]
-            pixels = squares_of(own, self.judged.image_size, self.judged.resize)
+            pixels = self.squares_of(own)
             features, logits = features_of(self.network, pixels)
             sure = logits.softmax(1)[:, label].argsort(descending=True, stable=True)
             chosen.append(pixels[herded(features, count) if arm == "herding" else sure[:count]])
@@ -339,11 +345,11 @@ class Arms:
                 mine.append(int(of_prototype.argmin()))
             chosen.append((targets == label).nonzero().flatten()[mine])
         nearest = Chosen(self.train, torch.cat(chosen))
-        return squares_of(nearest, self.judged.image_size, self.judged.resize)
+        return self.squares_of(nearest)
 
     def _latents_of(self, images: LabelledImages) -> Iterator[tuple[int, Tensor]]:
         labels = sorted(set(torch.as_tensor(images.targets).tolist()))
-        return encode(images, labels, self.model, self._resolution, self.recipe.resize, BLOCK)
+        return encode(images, labels, self.model, self._resolution, self.recipe.resize, BLOCK, self.num_workers)
 
 
 def herded(features: Tensor, count: int) -> Tensor:

@@ -90,9 +90,11 @@ def compare(
     )
     make_writable(output.resolve(), "output")
     network = network_of(features, protocol, source, sets[0], cache_dir)
-    arms_of_sets = [Arms(each, source, diffusion, None, output / "arms", teacher, cache_dir) for each in sets]
-    options = (protocol, output / "runs", compile, num_workers)
-    of_sets = [Trainings(each, *options) for each in arms_of_sets]  # all are checked before one is trained on
+    shared = (source, diffusion, None, output / "arms", teacher, cache_dir, num_workers)
+    arms_of_sets = [Arms(each, *shared) for each in sets]
+    of_sets = [
+        Trainings(each, protocol, output / "runs", compile) for each in arms_of_sets
+    ]  # all are checked before one is trained on
     trainings = [each.of_seeds() for each in of_sets]
     runs = trained(list(itertools.chain(*trainings)))
     if not is_first():

@@ -114,8 +114,8 @@ def evaluate(
     )
     make_writable(folder, "output")
     network = network_of(features, protocol, source, judged, cache_dir)
-    arms_of_set = Arms(judged, source, diffusion, kept=folder / "arms", teacher=teacher, cache_dir=cache_dir)
-    trainings = Trainings(arms_of_set, protocol, folder / "runs", compile, num_workers)
+    arms_of_set = Arms(judged, source, diffusion, None, folder / "arms", teacher, cache_dir, num_workers)
+    trainings = Trainings(arms_of_set, protocol, folder / "runs", compile)
     runs = trained(trainings.of_seeds())
     if not is_first():
         return {}

@@ -34,7 +34,6 @@ from d4m_plugin.progress import Progress
 from d4m_plugin.screening import check_images, fingerprint_of_tests
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
-from d4m_plugin.sources.images import squares_of
 from d4m_plugin.subsets import Chosen, at_most
 from d4m_plugin.teachers import teacher_digest
 from d4m_plugin.units import Units, load_json, save_json
@@ -162,21 +161,18 @@ class Trainings:
         protocol: the rest.
         folder: a file for each training that is done, by this protocol or another.
         compile: compile student and teacher.
-        num_workers: processes that read images that do not fit in memory.
 
     Raises:
         InputError: where an arm cannot be made.
     """
 
-    def __init__(
-        self, arms: Arms, protocol: Protocol, folder: Path, compile: bool = False, num_workers: int = 0
-    ) -> None:
+    def __init__(self, arms: Arms, protocol: Protocol, folder: Path, compile: bool = False) -> None:
         judged, source, test = arms.judged, arms.source, arms.source.test()
         batch_size = min(protocol.batch_size, len(judged.squares))  # of all arms alike, also those of more images
         self.arms, self.protocol, self.folder = arms, dataclasses.replace(protocol, batch_size=batch_size), folder
-        self.compile, self.num_workers = compile, num_workers
+        self.compile = compile
         cache = resolve_cache_dir(arms.cache_dir)
-        check_images(source, source.train(), "training images", source.fingerprint, cache, num_workers)
+        check_images(source, source.train(), "training images", source.fingerprint, cache, arms.num_workers)
         arms.check(protocol.arms)
         for student in protocol.students:
             create_student(student, len(source.classes), judged.image_size)  # whether it can be made
@@ -242,7 +238,7 @@ class Trainings:
             self.arms.source,
             train_on="real" if run.arm in ("real", "equal_bytes") else "random",  # how many images may be held
             batch_size=protocol.batch_size,
-            num_workers=self.num_workers,
+            num_workers=self.arms.num_workers,
             image_size=judged.image_size,
             resize=judged.resize,
             cache_dir=self.arms.cache_dir,
@@ -290,7 +286,7 @@ class Trainings:
 
     @cached_property
     def _slice_squares(self) -> Tensor:
-        return squares_of(self._slice, self.arms.judged.image_size, self.arms.judged.resize)
+        return self.arms.squares_of(self._slice)
 
     @cached_property
     def _arms_beside_the_slice(self) -> Arms:

@@ -154,8 +154,8 @@ def sweep(
             )
             if seed == 0:
                 samples.append(_first_images(made))
-            arms = Arms(ours(made, source), source, teacher=teacher, cache_dir=cache_dir)
-            of_set = Trainings(arms, protocol, output / "runs", compile, num_workers)
+            arms = Arms(ours(made, source), source, teacher=teacher, cache_dir=cache_dir, num_workers=num_workers)
+            of_set = Trainings(arms, protocol, output / "runs", compile)
             trainings += [(number, training) for training in of_set.of_seeds([seed])]
         runs = trained([training for _, training in trainings])
         for (number, _), run in zip(trainings, runs, strict=True):

@@ -52,9 +52,9 @@ class ImageClassifier(L.LightningModule):
         self.student = create_student(student, num_classes, image_size)
         if compile:
             self.student.compile()  # in place: the names of the weights stay
-        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        # Its checks wait for the device at every step; labels have been checked.
+        accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.train_accuracy, self.val_accuracy, self.test_accuracy = (accuracy.clone() for _ in range(3))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, shape (B, num_classes), of normalised images, float32, shape (B, 3, H, W)."""

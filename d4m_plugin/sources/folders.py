@@ -5,6 +5,8 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +24,7 @@ from d4m_plugin.sources.splits import check_share
 from d4m_plugin.units import in_turn
 
 SHOWN_KINDS = 5
+ASKING, ASKED_AT_ONCE = 32, 1000  # threads that ask for the sizes of files, and of how many in a turn
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("val", "valid", "validation", "test", "testing")
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -209,7 +212,10 @@ class _Files:
 
     def stored_bytes(self) -> list[int]:
         """Return the size of each file."""
-        return [size_of(self.root / os.fsdecode(name.as_py())) for name in self.names]
+        paths = [os.path.join(self.root, os.fsdecode(name)) for name in self.keys]
+        parts = [paths[start : start + ASKED_AT_ONCE] for start in range(0, len(paths), ASKED_AT_ONCE)]
+        with ThreadPoolExecutor(ASKING) as pool:  # a network's file system answers many as soon as one
+            return list(chain.from_iterable(pool.map(lambda part: list(map(size_of, part)), parts)))
 
 
 def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) -> tuple[Path, list[str], Path | None]:

@@ -190,7 +190,8 @@ class _Rows:
 
         start = 0
         for chunk in self.rows.with_format("arrow")[:][self.column].chunks:
-            own = self.indices[(self.indices >= start) & (self.indices < start + len(chunk))] - start
+            first, last = np.searchsorted(self.indices, (start, start + len(chunk)))
+            own = self.indices[first:last] - start
             content = chunk.field("bytes")
             parts = (pc.binary_length(content), pc.binary_slice(content, -TAIL), chunk.field("path"))
             for size, tail, name in zip(*(part.take(pa.array(own)).to_pylist() for part in parts), strict=True):

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from d4m_plugin.errors import InputError
 from d4m_plugin.sources.base import LabelledImages
 
 LARGEST_NATURAL_SIZE = 224  # pixels; what classifiers of photographs see
 SAMPLE = 100  # images looked at for the natural size
+READ_AT_ONCE = 50  # images, by each process that reads
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # known to Pillow, which decodes them by other programs
 
 Resize = Literal["crop", "squash"]
@@ -118,7 +120,11 @@ def to_pixels(image: Image.Image, size: int, resize: Resize = "crop") -> Tensor:
 
 
 def squares_of(
-    images: LabelledImages, size: int, resize: Resize = "crop", chosen: Sequence[int] | None = None
+    images: LabelledImages,
+    size: int,
+    resize: Resize = "crop",
+    chosen: Sequence[int] | None = None,
+    num_workers: int = 0,
 ) -> Tensor:
     """Return images as squares, uint8, shape (N, 3, size, size), each as `to_pixels` makes it.
 
@@ -127,12 +133,29 @@ def squares_of(
         size: edge in pixels.
         resize: how an image that is not square becomes so.
         chosen: the indices of those that are wanted, in this order; all by default.
+        num_workers: processes that read them.
     """
     chosen = range(len(images)) if chosen is None else chosen
     squares = np.empty((len(chosen), 3, size, size), np.uint8)
+    if num_workers:
+        parts: Any = [chosen[start : start + READ_AT_ONCE] for start in range(0, len(chosen), READ_AT_ONCE)]
+        loader = DataLoader(_Squaring(images, size, resize), None, sampler=parts, num_workers=num_workers)
+        for number, part in enumerate(loader):
+            squares[number * READ_AT_ONCE :][: len(part)] = part
+        return torch.from_numpy(squares)
     for place, index in enumerate(chosen):
         squares[place] = _square(images[index][0], size, resize)
     return torch.from_numpy(squares)
+
+
+class _Squaring(Dataset[Tensor]):
+    """Some of a dataset's images at once as squares, by their indices, for the processes of a loader."""
+
+    def __init__(self, images: LabelledImages, size: int, resize: Resize) -> None:
+        self.images, self.size, self.resize = images, size, resize
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        return squares_of(self.images, self.size, self.resize, indices)
 
 
 def _square(image: Image.Image, size: int, resize: Resize) -> np.ndarray:
