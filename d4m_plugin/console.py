@@ -45,9 +45,10 @@ def to_the_user(run: Callable[[], None]) -> None:
         )
         os._exit(130)  # now, whatever threads and other processes are at
     except Exception as error:
-        if type(error).__name__ == "MisconfigurationException":  # Lightning's for options that cannot work
+        several = str(error).startswith("Training with multiple optimizers")
+        if type(error).__name__ == "MisconfigurationException" or several:  # Lightning's for options that cannot work
             fail(str(error))
-        if type(error).__name__ == "UnpicklingError":  # torch's, of what Lightning gives it
+        if type(error).__name__ == "UnpicklingError" or _is_of_torchs_reading(error):  # of what Lightning gives it
             fail("the checkpoint is damaged, or holds more than tensors: it is not read, since that could run code.")
         restoring = any(each.f_code.co_name == "restore_model" for each, _ in traceback.walk_tb(error.__traceback__))
         if restoring and str(error).startswith("Error(s) in loading state_dict"):  # a module may load others of its own
@@ -60,6 +61,12 @@ def to_the_user(run: Callable[[], None]) -> None:
         fail(str(cause).rpartition("InputError: ")[2].strip())  # a loader's worker sends its traceback along
     finally:
         warnings.formatwarning = _in_full
+
+
+def _is_of_torchs_reading(error: Exception) -> bool:
+    """Whether a file of `torch.load` is cut off."""
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0].f_code.co_filename
+    return isinstance(error, EOFError | RuntimeError) and innermost.endswith("torch/serialization.py")
 
 
 _in_full = warnings.formatwarning

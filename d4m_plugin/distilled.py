@@ -429,4 +429,4 @@ def png(image: Tensor) -> bytes:
 
 def checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file in a folder."""
-    return {path.name: checksum(path) for path in sorted(folder.iterdir())}
+    return {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}

@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from d4m_plugin.devices import default_device
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, InputWarning, first_line
 from d4m_plugin.one_process import fit, own_trainer
 from d4m_plugin.seeding import seed_of
 
@@ -161,6 +162,20 @@ class _CheckpointOnTheWay(ModelCheckpoint):
             super().on_train_batch_end(trainer, *args)
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is there; one that cannot be read is told."""
+    try:
+        torch.load(checkpoint, "cpu", weights_only=True)
+    except FileNotFoundError:
+        return False
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        warnings.warn(
+            f"{str(checkpoint)!r} is damaged ({first_line(error)}); it is not gone on from.", InputWarning, stacklevel=2
+        )
+        return False
+    return True
+
+
 def train(module: Training, steps: int, callbacks: list[L.Callback], checkpoint: Path, compiled: bool) -> None:
     """Make exactly `steps` updates, from `checkpoint` on where there is one.
 
@@ -179,7 +194,7 @@ def train(module: Training, steps: int, callbacks: list[L.Callback], checkpoint:
     with plain, warnings.catch_warnings():
         for expected in ("Checkpoint directory .* exists and is not empty", "You're resuming from a checkpoint that"):
             warnings.filterwarnings("ignore", expected)  # as after a kill; no step depends on the loader
-        fit(trainer, module, ckpt_path=checkpoint if checkpoint.exists() else None)
+        fit(trainer, module, ckpt_path=checkpoint if _is_whole(checkpoint) else None)
     module.cpu().eval()
     if not all(bool(each.isfinite().all()) for each in module.state_dict().values()):
         raise InputError("the training diverged, and its weights are no numbers; lower `vae_lr` or `unet_lr`.")

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse.typing import register_type
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -41,6 +42,9 @@ BESIDE_THE_POINT = (
     "The dirpath has changed from",  # testing a checkpoint opens a log folder of its own
     ".*isinstance\\(treespec, LeafSpec\\)",
 )
+
+
+register_type(torch.device, str, torch.device)  # of SWA, whose saved configuration could not be read back
 
 
 class Parser(OneSentenceErrors, LightningArgumentParser):
@@ -233,10 +237,15 @@ class D4MCLI(LightningCLI):
             )
             return
         path, labels = Path(self.trainer.log_dir or ".") / "predictions.csv", torch.cat(predicted).tolist()
-        with path.open("w", newline="", encoding="utf-8") as file:
+        images = self.datamodule.source.test()
+        images_names = [os.fsdecode(key) for key in getattr(images, "keys", [b""] * len(images))]
+        rows = zip(images_names, labels, images.targets, strict=True)
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
-            writer.writerow(("index", "label", "class"))
-            writer.writerows((index, label, names[label]) for index, label in enumerate(labels))
+            writer.writerow(("index", "image", "label", "class", "true label"))
+            writer.writerows(
+                (index, image, label, names[label], true) for index, (image, label, true) in enumerate(rows)
+            )
         print(table({"predictions": path}))
 
 
@@ -245,4 +254,4 @@ def _row_name(metric: str) -> str:
 
 
 def _shown(metric: str, value: float) -> str:
-    return f"{value:.2%}" if "acc" in metric else f"{value:.4g}"
+    return f"{value:.2%}" if "acc" in metric and value <= 1 else f"{value:.4g}"  # some log per cent

@@ -2,12 +2,25 @@
 
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
+from d4m_plugin.cache import written_whole
 from d4m_plugin.devices import this_device, trainer_precision
+
+
+class _WrittenWhole(TorchCheckpointIO):
+    """Checkpoints that lie there whole or not at all: Lightning moves its own from the folder of temporary files."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint beside its place, and put it there."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(Path(path)) as aside:
+            super().save_checkpoint(checkpoint, aside, storage_options)
 
 
 def own_trainer(max_steps: int, callbacks: Sequence[L.Callback], **options: Any) -> L.Trainer:
@@ -22,7 +35,7 @@ def own_trainer(max_steps: int, callbacks: Sequence[L.Callback], **options: Any)
         max_steps=max_steps,
         callbacks=list(callbacks),
         devices=this_device(),
-        plugins=[LightningEnvironment()],
+        plugins=[LightningEnvironment(), _WrittenWhole()],
         precision=trainer_precision(),
         limit_val_batches=0,
         logger=False,

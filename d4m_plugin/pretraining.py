@@ -7,6 +7,7 @@ arXiv:2112.10752; Ho and Salimans, arXiv:2207.12598).
 """
 
 import shutil
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,24 +16,24 @@ import lightning as L
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.callbacks import WeightAveraging
-from safetensors.torch import load_model, save_model
 from tokenizers import normalizers
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
-from d4m_plugin.cache import digest, make_writable, resolve_cache_dir, written_whole
+from d4m_plugin.cache import digest, make_writable, resolve_cache_dir
 from d4m_plugin.callbacks import RunProgress
 from d4m_plugin.checking import check_least
 from d4m_plugin.devices import autocast, compute_dtype, default_device
 from d4m_plugin.diffusion import LatentDiffusion, model_digest
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.latent_training import AutoencoderTraining, DenoiserTraining, train
 from d4m_plugin.progress import Progress
 from d4m_plugin.screening import check_images, readable_source
 from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import squares_of
+from d4m_plugin.units import DamagedError, in_turn, load_tensors, save_tensors
 
 LATENT_CHANNELS = 4  # what diffusers' image-to-image pipelines take as latents (SD and SDXL)
 TEXT_LENGTH = 77  # tokens, CLIP's own
@@ -173,47 +174,56 @@ def pretrain(
     decides = [source.fingerprint, list(source.classes), source.flip, *options, start, seed]
     partial = output.with_name(f"{output.name}.partial")
     work = partial / digest(decides)[:12]
-    work.mkdir(parents=True, exist_ok=True)
+    with in_turn(output.with_name(f".{output.name}"), "trains the same pipeline"):
+        if output.exists():
+            return output
+        work.mkdir(parents=True, exist_ok=True)
+        images = _pixels(train_images, image_size, num_workers)
+        labels = torch.as_tensor(train_images.targets, dtype=torch.int64)
+        if source.flip:
+            images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
+        if pipeline is None:
+            L.seed_everything(seed, verbose=False)
+            vae = _new_vae(image_size, vae_channels)
+            if (trained := _read(work / "vae.safetensors")) is None:
+                module = AutoencoderTraining(vae, images, batch_size, vae_lr, seed)
+                train(module, vae_steps, [RunProgress("VAE")], work / "vae.ckpt", compile)
+                save_tensors(work / "vae.safetensors", vae.state_dict())
+            else:
+                vae.load_state_dict(trained)
+            sample = images[:: max(1, len(images) // SCALE_SAMPLE)]
+            vae.register_to_config(scaling_factor=round(1 / _latents(vae, sample, batch_size).std().item(), 5))
+            L.seed_everything(seed, verbose=False)
+            pipeline = _new_pipeline(vae, image_size // 2 ** (len(vae_channels) - 1), unet_channels)
+        latents = _latents(pipeline.vae, images, batch_size) * pipeline.vae.config.scaling_factor
+        del images
 
-    images, labels = (
-        _pixels(train_images, image_size, num_workers),
-        torch.as_tensor(train_images.targets, dtype=torch.int64),
-    )
-    if source.flip:
-        images, labels = torch.cat([images, images.flip(-1)]), labels.repeat(2)
-    if pipeline is None:
-        L.seed_everything(seed, verbose=False)
-        vae = _new_vae(image_size, vae_channels)
-        trained = work / "vae.safetensors"
-        if trained.exists():
-            load_model(vae, trained)
-        else:
-            module = AutoencoderTraining(vae, images, batch_size, vae_lr, seed)
-            train(module, vae_steps, [RunProgress("VAE")], work / "vae.ckpt", compile)
-            with written_whole(trained) as path:
-                save_model(vae, str(path))
-        sample = images[:: max(1, len(images) // SCALE_SAMPLE)]
-        vae.register_to_config(scaling_factor=round(1 / _latents(vae, sample, batch_size).std().item(), 5))
-        L.seed_everything(seed, verbose=False)
-        pipeline = _new_pipeline(vae, image_size // 2 ** (len(vae_channels) - 1), unet_channels)
-    latents = _latents(pipeline.vae, images, batch_size) * pipeline.vae.config.scaling_factor
-    del images
+        # A decay that leaves e**-10 of the initial weights, however short the run.
+        ema = get_ema_multi_avg_fn(max(0.0, min(0.999, 1 - 10 / unet_steps)))
+        prompt_ids = tokenize(pipeline.tokenizer, [*source.classes, ""])
+        denoiser = DenoiserTraining(pipeline, prompt_ids, (latents, labels), batch_size, unet_lr, seed)
+        callbacks = [RunProgress("U-Net"), WeightAveraging(multi_avg_fn=ema)]
+        train(denoiser, unet_steps, callbacks, work / "unet.ckpt", compile)
 
-    # A decay that leaves e**-10 of the initial weights, however short the run.
-    ema = get_ema_multi_avg_fn(max(0.0, min(0.999, 1 - 10 / unet_steps)))
-    prompt_ids = tokenize(pipeline.tokenizer, [*source.classes, ""])
-    denoiser = DenoiserTraining(pipeline, prompt_ids, (latents, labels), batch_size, unet_lr, seed)
-    callbacks = [RunProgress("U-Net"), WeightAveraging(multi_avg_fn=ema)]
-    train(denoiser, unet_steps, callbacks, work / "unet.ckpt", compile)
-
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-        part.half()
-    pipeline.save_pretrained(work / "pipeline")
-    (work / "pipeline").replace(output)
-    shutil.rmtree(work)
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+            part.half()
+        pipeline.save_pretrained(work / "pipeline")
+        (work / "pipeline").replace(output)
+        shutil.rmtree(work)
     with suppress(OSError):  # other options' work may be there
         partial.rmdir()
     return output
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    """Return trained weights; None where there are none, or not all."""
+    try:
+        return load_tensors(file)
+    except FileNotFoundError:
+        return None
+    except DamagedError as error:
+        warnings.warn(f"{error} They are trained again.", InputWarning, stacklevel=2)
+        return None
 
 
 def _check_sizes(image_size: int, vae_channels: Sequence[int], unet_channels: Sequence[int]) -> None:

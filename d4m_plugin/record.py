@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -9,6 +11,7 @@ from d4m_plugin.cache import written_whole
 from d4m_plugin.checking import content_of, read_json
 from d4m_plugin.errors import InputError
 from d4m_plugin.recipe import ResolvedRecipe
+from d4m_plugin.units import in_turn
 
 FORMAT = 4  # of a set's folder; another one is not read
 
@@ -124,6 +127,13 @@ def write_record(record: dict[str, Any], folder: Path) -> None:
     """Put a Record in place of the d4m.json of a set's folder; readers see the one or the other."""
     with written_whole(folder / "d4m.json") as path:
         path.write_bytes(encoded(record))
+
+
+@contextmanager
+def record_in_turn(folder: Path) -> Iterator[None]:
+    """Change a set's folder in one process at a time; the lock lies beside it."""
+    with in_turn(folder.with_name(f".{folder.name}"), "changes the set"):
+        yield
 
 
 def encoded(record: dict[str, Any]) -> bytes:

@@ -1,5 +1,6 @@
 """Store a teacher's outputs with a distilled set, so that students learn from them without the teacher."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,14 +8,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from d4m_plugin.cache import make_writable, written_whole
+from d4m_plugin.cache import checksum, make_writable, written_whole
 from d4m_plugin.card import write_card
 from d4m_plugin.devices import default_device
-from d4m_plugin.distilled import DistilledDataset, checksums, columns_of, shards
+from d4m_plugin.distilled import DistilledDataset, columns_of, shards
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import without_folders
 from d4m_plugin.progress import Progress
-from d4m_plugin.record import read_record, write_record
+from d4m_plugin.record import LabelsRecord, read_record, record_in_turn, write_record
 from d4m_plugin.screening import readable_source
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import squares_of
@@ -57,24 +58,29 @@ def relabel(
     write_card(Path(dataset.root), dataset.folder.name, dataset.metadata)  # now it can still be refused
     loaded, tried = tried_teacher(teacher, source, cache_dir, default_device())
     logits = _logits(loaded, dataset)
+    with record_in_turn(dataset.folder):
+        _write(dataset, logits, {"teacher": without_folders(name_of(teacher)), "tried": tried})
+    return DistilledDataset(folder, config_name)
 
-    record = read_record(dataset.folder)
+
+def _write(dataset: DistilledDataset, logits: Tensor, labels: LabelsRecord) -> None:
+    """Put logits in a set's files; all are written before the first takes its place, and none is then of two kinds."""
+    record, files = read_record(dataset.folder), shards(dataset.folder)
     record.pop("labels", None)
-    write_record(record, dataset.folder)  # so that no teacher is named meanwhile
     schema, start = columns_of(dataset.classes, with_logits=True).arrow_schema, 0
-    for shard in shards(dataset.folder):
-        table = pq.read_table(shard)
-        own = logits[start : start + len(table)]
-        columns = {name: table[name] for name in table.column_names if name != "logits"}
-        columns["logits"] = pa.FixedSizeListArray.from_arrays(own.flatten().numpy(), len(dataset.classes))
-        with written_whole(shard) as path:
-            pq.write_table(pa.table(columns, schema=schema), path)
-        start += len(table)
-    record["labels"] = {"teacher": without_folders(name_of(teacher)), "tried": tried}
-    record["checksums"] = {name: sum_ for name, sum_ in checksums(dataset.folder).items() if name != "d4m.json"}
+    with ExitStack() as written:
+        for file in files:
+            table = pq.read_table(file)
+            own = logits[start : start + len(table)]
+            columns = {name: table[name] for name in table.column_names if name != "logits"}
+            columns["logits"] = pa.FixedSizeListArray.from_arrays(own.flatten().numpy(), len(dataset.classes))
+            pq.write_table(pa.table(columns, schema=schema), written.enter_context(written_whole(file)))
+            start += len(table)
+        write_record(record, dataset.folder)  # so that no teacher is named meanwhile
+    record["labels"] = labels
+    record["checksums"] |= {file.name: checksum(file) for file in files}
     write_record(record, dataset.folder)
     write_card(Path(dataset.root), dataset.folder.name, record)
-    return DistilledDataset(folder, config_name)
 
 
 def _logits(teacher: Teacher, dataset: DistilledDataset) -> Tensor:

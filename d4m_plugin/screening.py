@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from d4m_plugin.cache import resolve_cache_dir, written_whole
+from d4m_plugin.cache import resolve_cache_dir
 from d4m_plugin.checking import check_least
 from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.progress import Progress
 from d4m_plugin.sources import Digits, LabelledImages, Source
 from d4m_plugin.subsets import Chosen
-from d4m_plugin.units import in_turn
+from d4m_plugin.units import DamagedError, in_turn, load_json, save_json
 
 SHOWN = 5  # bad files that the error itself names
 BATCH = 64  # images that a worker tries before it reports
@@ -30,19 +30,27 @@ def find_bad(images: LabelledImages, fingerprint: str, cache: Path, num_workers:
         cache: the cache folder.
         num_workers: processes that read.
     """
-    file = cache / "screened" / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.tsv"
+    file = cache / "screened" / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.json"
     file.parent.mkdir(exist_ok=True)
     with in_turn(file, "checks the images"):
-        if file.exists():
-            listed = [int(line.split("\t")[0]) for line in file.read_text(encoding="utf-8").splitlines()]
-        else:
-            listed = _unreadable(images, num_workers)
+        listed = _listed(file)
+        indices = _unreadable(images, num_workers) if listed is None else map(int, listed)
         attempts = _Attempts(images)
-        bad = {index: fault for index in listed if (fault := attempts[index])}
-        if not file.exists() or len(bad) < len(listed):
-            with written_whole(file) as path:
-                path.write_text("".join(f"{index}\t{fault}\n" for index, fault in bad.items()), encoding="utf-8")
+        bad = {index: fault for index in indices if (fault := attempts[index])}
+        if listed is None or len(bad) < len(listed):
+            save_json(file, {str(index): fault for index, fault in bad.items()})
     return bad, file
+
+
+def _listed(file: Path) -> dict[str, str] | None:
+    """Return what was wrong with the images that could not be read, by their numbers; None where none were tried."""
+    try:
+        return load_json(file, dict[str, str])
+    except FileNotFoundError:
+        return None
+    except DamagedError as error:
+        warnings.warn(f"{error} The images are checked again.", InputWarning, stacklevel=2)
+        return None
 
 
 def _unreadable(images: LabelledImages, num_workers: int) -> list[int]:

@@ -66,7 +66,9 @@ def find_set(
     if name is None:
         return None
     found = DistilledDataset(hub_id, name, repository.revision)
-    differs = _differences(found, source, recipe, exact)
+    differs = differences(found, source, recipe, exact)
+    if found.classes != list(source.classes):
+        differs.insert(0, f"the classes {listed(found.classes)} (asked for: {listed(source.classes)})")
     if differs:
         raise InputError(
             f"`hub_id` is {hub_id!r}, whose {name} is not the set asked for: it has {'; '.join(differs)}. Ask for what "
@@ -86,10 +88,9 @@ def _config_of(repository: Repository, recipe: Recipe, exact: bool) -> str | Non
     return repository.configs[0]
 
 
-def _differences(found: DistilledDataset, source: Source, recipe: Recipe, exact: bool) -> list[str]:
+def differences(found: DistilledDataset, source: Source, recipe: Recipe, exact: bool = False) -> list[str]:
+    """Return in words which options of a recipe, or only of those that are not the defaults, a set has otherwise."""
     differs = []
-    if found.classes != list(source.classes):
-        differs.append(f"the classes {listed(found.classes)} (asked for: {listed(source.classes)})")
     asked = dataclasses.asdict(recipe.resolved(source))
     asked |= {name: without_folders(asked[name]) for name in MODELS}
     for field in dataclasses.fields(Recipe):

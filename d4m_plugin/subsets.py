@@ -61,6 +61,12 @@ class Chosen:
         of_all = getattr(self.images, "fingerprint", "")
         return hashlib.sha256(of_all.encode() + self.indices.astype(np.int64).tobytes()).hexdigest()
 
+    @property
+    def keys(self) -> list[bytes]:
+        """What each is known by; an AttributeError where the images have no such names."""
+        keys: list[bytes] = self.images.keys  # type: ignore[attr-defined]  # of images in files
+        return [keys[index] for index in self.indices]
+
     def __len__(self) -> int:
         return len(self.indices)
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,7 +20,7 @@ from d4m_plugin.cache import digest, resolve_cache_dir
 from d4m_plugin.checking import fault_of, read_json
 from d4m_plugin.devices import autocast, compute_dtype
 from d4m_plugin.diffusion import ASSETS, EMBEDDED, model_digest
-from d4m_plugin.errors import InputError, first_line
+from d4m_plugin.errors import InputError, InputWarning, first_line
 from d4m_plugin.hub import TRANSFORMERS
 from d4m_plugin.logits import logits_in
 from d4m_plugin.models.students import SMALL_IMAGE, create_student
@@ -27,7 +28,7 @@ from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.sources.names import match_classes, readable
-from d4m_plugin.units import in_turn
+from d4m_plugin.units import checksum_of, in_turn
 
 CHANCE_SAMPLE = 256  # real images that a teacher is tried on
 CHANCE_BATCH = 32
@@ -165,7 +166,7 @@ def teacher_digest(teacher: str) -> str:
 
 def _open(teacher: str, source: Source, cache_dir: str | Path | None) -> Teacher:
     if teacher == "auto" and source.teacher is None:
-        return _read_safetensors(_trained_once(source, cache_dir))
+        return _trained_once(source, cache_dir)
     if teacher == "auto":
         teacher = str(source.teacher)
     if teacher in EMBEDDED:
@@ -201,8 +202,8 @@ def open_pretrained(name: str, option: str) -> Teacher | None:
         raise InputError(f"`{option}` is {name!r}, which cannot be loaded: {first_line(error)}.") from error
 
 
-def _trained_once(source: Source, cache_dir: str | Path | None) -> Path:
-    """Return the teacher of a small source, trained here where it is not in the cache."""
+def _trained_once(source: Source, cache_dir: str | Path | None) -> Teacher:
+    """Return the teacher of a small source, trained here where it is not in the cache, or not whole."""
     images = len(source.train())
     if source.image_size > SMALL_IMAGE or images > SMALL_SOURCE:
         raise InputError(
@@ -217,9 +218,13 @@ def _trained_once(source: Source, cache_dir: str | Path | None) -> Path:
     path = resolve_cache_dir(cache_dir) / "teachers" / f"{source.name}-{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     with in_turn(path, "trains the teacher"):
-        if not path.exists():
-            train_teacher(source, path, cache_dir)
-    return path
+        if path.exists():
+            try:
+                return _read_safetensors(path)
+            except InputError as error:
+                warnings.warn(f"{error} It is trained again.", InputWarning, stacklevel=2)
+        train_teacher(source, path, cache_dir)
+    return _read_safetensors(path)
 
 
 def _from_torchvision(name: str) -> Teacher:
@@ -289,14 +294,18 @@ def _read_safetensors(path: Path) -> Teacher:
     student, data = (
         read_json(metadata[part].encode(), expected, name) for part, expected in (("student", Student), ("data", Seen))
     )
-    return _build(student, data, load_file(path), path)
+    weights = load_file(path)
+    if metadata.get("checksum", found := checksum_of(weights)) != found:  # the embedded have none
+        raise InputError(f"{name} is damaged: its checksum differs.")
+    return _build(student, data, weights, path)
 
 
 def save_teacher(checkpoint: Path, output: Path) -> None:
     """Write the student of a checkpoint (`train_on: real`) as a teacher: half precision, without the optimiser."""
     student, data, weights = _student_of(checkpoint)
-    metadata = {"student": json.dumps(student), "data": json.dumps(data)}
-    save_file({name: _in(torch.float16, weight) for name, weight in weights.items()}, output, metadata)
+    halves = {name: _in(torch.float16, weight) for name, weight in weights.items()}
+    metadata = {"student": json.dumps(student), "data": json.dumps(data), "checksum": checksum_of(halves)}
+    save_file(halves, output, metadata)
 
 
 def _in(dtype: torch.dtype, weight: Tensor) -> Tensor:
@@ -385,4 +394,5 @@ def check_above_chance(teacher: Teacher, source: Source) -> str:
             f"from {least:.0%} on it is told from chance ({chance:.0%}). It has learnt too little, or the order of its "
             "classes or its normalisation is not what it was trained with."
         )
-    return f"names {accuracy:.0%} of {len(chosen)} real test images of {source.name} rightly (chance: {chance:.0%})"
+    named_rightly = f"names {accuracy:.0%} of {len(chosen)} real test images of {source.name} rightly, by class"
+    return f"{named_rightly} (chance: {chance:.0%})"

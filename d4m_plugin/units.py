@@ -167,7 +167,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **seconds: float) ->
         tensors: by name.
         seconds: what each stage took.
     """
-    told = {"seconds": seconds, "checksum": _checksum(path.name, tensors, seconds)}
+    told = {"seconds": seconds, "checksum": checksum_of(tensors, path.name, seconds)}
     with written_whole(path) as aside:
         write_tensors(aside, tensors, {"unit": json.dumps(told)})  # in one entry: those of a header have no order
 
@@ -201,7 +201,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             told = json.loads((file.metadata() or {}).get("unit", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-        whole = told["checksum"] == _checksum(path.name, tensors, told["seconds"])
+        whole = told["checksum"] == checksum_of(tensors, path.name, told["seconds"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{str(path)!r} is damaged ({error}).") from error
     if not whole:
@@ -213,7 +213,7 @@ def save_json(path: Path, row: dict[str, Any]) -> None:
     """Write a mapping whole, with a checksum of it and of the file's name."""
     held = {"checksum": _checksum_of_row(path.name, row), "row": row}
     with written_whole(path) as aside:
-        aside.write_text(json.dumps(held, allow_nan=False), encoding="utf-8")
+        aside.write_text(json.dumps(held, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def load_json(path: Path, expected: Any) -> dict[str, Any]:
@@ -248,8 +248,9 @@ def _checksum_of_row(name: str, row: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([name, row], sort_keys=True).encode()).hexdigest()
 
 
-def _checksum(name: str, tensors: Mapping[str, Tensor], seconds: Mapping[str, float]) -> str:
-    digest = hashlib.sha256(json.dumps([name, seconds]).encode())
+def checksum_of(tensors: Mapping[str, Tensor], *others: Any) -> str:
+    """Return the SHA-256 of tensors by their names, and of what else JSON can hold."""
+    digest = hashlib.sha256(json.dumps(others).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

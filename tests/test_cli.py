@@ -136,8 +136,10 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run, mo
     on_two = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--ckpt_path", rows["checkpoint"]]
     assert "predict writes one file: use 1" in run("predict", *on_two)[2]  # half the labels would lack
     with open(table_of(out)["predictions"]) as file:
-        predicted = [int(row["label"]) for row in csv.DictReader(file)]
-    right = [a == b for a, b in zip(predicted, Digits().test().targets, strict=True)]
+        rows = list(csv.DictReader(file))
+    predicted = [int(row["label"]) for row in rows]
+    right = [row["label"] == row["true label"] for row in rows]
+    assert [int(row["true label"]) for row in rows] == list(Digits().test().targets)
     assert sum(right) / 500 == pytest.approx(accuracy, abs=1e-4)
 
     monkeypatch.setattr(ImageClassifier, "predict_step", lambda self, batch, at: self(batch[0]))
@@ -254,6 +256,12 @@ def test_a_warning_about_the_data_is_one_line(capsys):
     assert warnings.formatwarning is before
 
 
+def test_a_saved_configuration_of_swa_can_be_read_back(run):
+    words = ["--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.01"]
+    out = run("fit", *words, "--print_config")[1]
+    assert yaml.safe_load(out)["trainer"]["callbacks"][0]["init_args"]["device"] == "cpu"
+
+
 def test_the_config_of_a_run_reproduces_it(run):
     status, out, _ = run("fit", "--data", "D4MDataModule", "--print_config")
     config = yaml.safe_load(out)
@@ -325,7 +333,7 @@ def test_stored_labels_are_written_read_by_anyone_and_learnt_from(run, tmp_path,
     assert run("distill", *words)[0] == 0
     status, out, err = run("relabel", tmp_path / "set")
     assert status == 0, err
-    assert table_of(out)["teacher"].startswith("auto: names 99% of 256 real test images of digits rightly")
+    assert table_of(out)["teacher"].startswith("auto: names 99% of 256 real test images of digits rightly, by class")
     rows = load_dataset(str(tmp_path / "set"), split="train")
     logits = torch.tensor(rows["logits"])
     assert logits.shape == (20, 10)

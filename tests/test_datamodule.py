@@ -1,5 +1,6 @@
 import pickle
 import signal
+import warnings
 from types import SimpleNamespace
 
 import lightning as L
@@ -165,6 +166,14 @@ def test_real_images_become_square_as_those_of_a_named_set_did(random_pipeline, 
         data = D4MDataModule(source, set_folder=tmp_path / resize)
         ((images, _),) = data.val_dataloader()
         assert torch.equal(images[0], to_pixels(source.test()[0][0], 16, resize))
+
+
+def test_options_that_a_named_set_has_otherwise_are_told(squares, tmp_path):
+    distill(squares, Recipe(**RECIPE), output=tmp_path / "set")
+    with pytest.warns(InputWarning, match=r"taken as it is: it has ipc 2 \(asked for: 3\); resize 'crop' \(asked"):
+        D4MDataModule(squares, set_folder=tmp_path / "set", **RECIPE | {"ipc": 3, "resize": "squash"})
+    with warnings.catch_warnings(action="error"):
+        D4MDataModule(squares, set_folder=tmp_path / "set", **RECIPE | {"image_size": 8})  # of the training
 
 
 def test_processes_that_read_are_sent_nothing_of_the_trainer(monkeypatch):

@@ -1,4 +1,7 @@
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -292,3 +295,44 @@ def test_a_run_leaves_other_runs_to_the_same_place_alone(tmp_path):
     pretrain(Squares(), tmp_path / "model", **SMALL)
     assert [path.name for path in (tmp_path / "model.partial").iterdir()] == ["0123456789ab"]
     assert other.exists()
+
+
+@pytest.mark.parametrize("damaged", ["vae.safetensors", "unet.ckpt"])
+def test_damaged_work_is_told_and_done_again(tmp_path, monkeypatch, damaged):
+    monkeypatch.setattr(latent_training, "STEPS_A_CHECKPOINT", 1)
+    options = SMALL | {"unet_steps": 3}
+    whole = pretrain(Squares(), tmp_path / "whole", **options)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StableDiffusionPipeline, "save_pretrained", full)
+        with pytest.raises(OSError, match="No space"):
+            pretrain(Squares(), tmp_path / "made", **options)
+    (file,) = (tmp_path / "made.partial").glob(f"*/{damaged}")
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(
+        content[:middle] + bytes(100) + content[middle + 100 :] if damaged.startswith("vae") else content[:middle]
+    )
+    with pytest.warns(InputWarning, match=f"{damaged}' is damaged"):
+        assert files(pretrain(Squares(), tmp_path / "made", **options)) == files(whole)
+
+
+def test_of_two_commands_for_one_output_one_trains_and_the_other_takes_it(tmp_path, monkeypatch):
+    train, began, trained = pretraining.train, threading.Event(), []
+
+    def slow(*arguments):
+        trained.append(arguments)
+        began.set()
+        time.sleep(0.2)
+        train(*arguments)
+
+    monkeypatch.setattr(pretraining, "train", slow)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(pretrain, Squares(), tmp_path / "made", **SMALL)
+        began.wait()
+        assert pretrain(Squares(), tmp_path / "made", **SMALL) == first.result() == tmp_path / "made"
+    assert len(trained) == 2  # VAE and U-Net
+    assert {path.name for path in tmp_path.iterdir()} == {"made", ".made.lock"}

@@ -189,3 +189,13 @@ def test_the_licence_is_read_when_it_is_asked_for(folder, tmp_path):
     source = readable_source(OfTheHub(folder), True, tmp_path / "cache", 0)
     assert not asked
     assert source.license == "mit"
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b'{"checksum": "", "row": {"99": "bad"}}', bytes(range(256))])
+def test_a_damaged_list_is_told_and_the_images_are_checked_again(folder, tmp_path, content):
+    source = readable_source(ImageFolder(folder), True, tmp_path / "cache", 0)
+    assert len(source.skipped) == 3
+    (file,) = (tmp_path / "cache" / "screened").glob("*.json")
+    file.write_bytes(content)
+    with pytest.warns(InputWarning, match=r"The images are checked again\."):
+        assert readable_source(ImageFolder(folder), True, tmp_path / "cache", 0).skipped == source.skipped

@@ -481,6 +481,17 @@ def test_a_checkpoint_that_would_run_code_is_not_read(tmp_path, monkeypatch, cap
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_checkpoint_that_is_cut_off_is_told_in_a_sentence(tmp_path, monkeypatch, capsys, share):
+    file = tmp_path / "half.ckpt"
+    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, file)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    monkeypatch.setattr(sys, "argv", ["d4m", "validate", "--ckpt_path", str(file)])
+    with pytest.raises(SystemExit):
+        cli.d4m()
+    assert "error: the checkpoint is damaged, or holds more than tensors" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

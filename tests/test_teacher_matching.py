@@ -1,6 +1,7 @@
 import copy
 import itertools
 import pickle
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from d4m_plugin import (
 )
 from d4m_plugin.callbacks import teacher_matching
 from d4m_plugin.devices import trainer_precision
+from d4m_plugin.errors import InputWarning
 from d4m_plugin.matching import MIXINGS, Mixed, matching_loss, soften
 from d4m_plugin.relabelling import relabel
 from tests.test_datamodule import quiet_trainer
@@ -590,7 +592,7 @@ def test_a_modules_own_hook_sees_no_stored_logits_and_may_add_to_the_batch(
     for matching in (TeacherMatching("stored", mixing="none"), TeacherMatching(teacher, mixing="none")):
         data = D4MDataModule(squares, set_folder=tmp_path / "set", batch_keys=keys)
         quiet_trainer(max_epochs=1, callbacks=[matching]).fit(Adds(), datamodule=data)
-    assert len(seen) == 2
+    assert len(seen) == 4  # each module's trial, and a batch
     assert all(images == mean for images, mean in seen)
 
 
@@ -599,17 +601,67 @@ def test_a_set_whose_labelling_was_cut_off_has_no_stored_logits(teacher, squares
     distill(squares, Recipe(ipc=2, num_inference_steps=2), output=tmp_path / "set")
     relabel(tmp_path / "set", squares)
 
+    before = {path.name: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()}
+
     def killed(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("d4m_plugin.relabelling.checksums", killed)
-        with pytest.raises(KeyboardInterrupt):
-            relabel(tmp_path / "set", squares)
+    def labelled_till(part):
+        with monkeypatch.context() as patch:
+            patch.setattr(part, killed)
+            with pytest.raises(KeyboardInterrupt):
+                relabel(tmp_path / "set", squares)
+
+    labelled_till("d4m_plugin.relabelling.pq.write_table")  # all as it was
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.name in before}
+    labelled_till("d4m_plugin.relabelling.checksum")
     assert DistilledDataset(tmp_path / "set").logits is None
     assert relabel(tmp_path / "set", squares).logits is not None
 
 
+def test_labelling_takes_nothing_else_that_lies_in_the_folder_for_the_sets(teacher, squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("d4m_plugin.teachers.load_teacher", lambda *_: teacher)
+    made = distill(squares, Recipe(ipc=2, num_inference_steps=2), output=tmp_path / "set")
+    (made.folder / ".ipynb_checkpoints").mkdir()
+    (made.folder / ".train-00000-of-00001.parquet.host.123").touch()  # of one that was killed
+    (made.folder / "prototypes.safetensors").write_bytes(b"damaged since")
+    found = relabel(tmp_path / "set", squares).metadata["checksums"]
+    changed = {name for name in found if found[name] != made.metadata["checksums"].get(name)}
+    assert changed == {"train-00000-of-00001.parquet"}
+    assert found.keys() == made.metadata["checksums"].keys()
+
+
+def test_the_teacher_sees_the_batch_whatever_the_step_does_to_it_in_place(teacher, squares, tmp_path):
+    class InPlace(Plain):
+        def training_step(self, batch, batch_idx):
+            images, labels = batch
+            loss = super().training_step((-images.neg_(), labels), batch_idx)
+            labels.zero_()
+            return loss
+
+    module = Plain()
+    in_place = InPlace()
+    in_place.load_state_dict(module.state_dict())
+    for each in (module, in_place):
+        fit(each, TeacherMatching(teacher, mixing="none", hard_label_weight=1.0))
+    assert all(torch.equal(*pair) for pair in zip(module.parameters(), in_place.parameters(), strict=True))
+
+
+def test_a_step_that_fails_by_itself_is_told_before_the_long_work(teacher):
+    class Slip(Plain):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), nothing)  # noqa: F821
+
+    with (
+        pytest.warns(InputWarning, match=r"step of Slip, .* failed \(NameError: name 'nothing' is not defined\)"),
+        pytest.raises(NameError),
+    ):
+        fit(Slip(), TeacherMatching(teacher))
+    with warnings.catch_warnings(action="error", category=InputWarning):
+        fit(NeedsTrainer(), TeacherMatching(teacher))
+
+
+@pytest.mark.filterwarnings("ignore:a trial of the training step of Fails")
 def test_an_exception_while_training_restores_the_module(teacher):
     class Fails(Plain):
         def training_step(self, batch, batch_idx):

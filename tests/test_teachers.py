@@ -1,4 +1,5 @@
 import os
+import warnings
 
 import lightning as L
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from d4m_plugin import D4MDataModule, ImageClassifier, InputError, Teacher
+from d4m_plugin.errors import InputWarning
 from d4m_plugin.sources.names import imagenet_ids, match_classes, readable, wordnet
 from d4m_plugin.teachers import check_above_chance, load_teacher, save_teacher, teacher_digest
 from tests.toys import Squares
@@ -317,6 +319,20 @@ def test_the_teacher_of_a_small_source_is_trained_once(monkeypatch, tmp_path):
     larger.image_size = 24
     with pytest.raises(TypeError):  # another is trained for other images, here by nothing
         load_teacher("auto", larger, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "changed"])
+def test_a_damaged_teacher_of_the_cache_is_told_and_trained_again(monkeypatch, tmp_path, damage):
+    monkeypatch.setattr("d4m_plugin.teaching.LEAST_STEPS", 2)
+    images = torch.rand(2, 3, 16, 16)
+    expected = load_teacher("auto", Squares(), tmp_path)(images)
+    (file,) = (tmp_path / "teachers").glob("squares-*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:-100] + (bytes(100) if damage == "changed" else b""))
+    with pytest.warns(InputWarning, match=r"It is trained again\."):
+        assert torch.equal(load_teacher("auto", Squares(), tmp_path)(images), expected)
+    with warnings.catch_warnings(action="error", category=InputWarning):
+        load_teacher("auto", Squares(), tmp_path)
 
 
 def test_no_teacher_is_trained_unasked_on_many_images(monkeypatch):

@@ -11,14 +11,14 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d4m_plugin.datamodules import D4MDataModule
-from d4m_plugin.errors import InputError
+from d4m_plugin.errors import InputError, InputWarning, first_line
 from d4m_plugin.logits import LogitsHook, all_logits, source_of_logits
 from d4m_plugin.matching import MIXINGS, Mixed, matching_loss, soften
 from d4m_plugin.teachers import Teacher, name_of, tried_teacher
@@ -151,6 +151,9 @@ class TeacherMatching(L.Callback):
         """Return which submodule returns the logits, by a step of a copy on two black images.
 
         So a wrong `student` is known before any long work. None where the step needs its trainer: training tells.
+
+        Warns:
+            InputWarning: where the step fails in another way.
         """
         images = torch.zeros(2, 3, data.image_size, data.image_size)
         batch = data.packed(images, torch.zeros(2, dtype=torch.int64))
@@ -160,10 +163,19 @@ class TeacherMatching(L.Callback):
             with torch.enable_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
                 copied = copy.deepcopy(pl_module).cpu()
                 step = functools.partial(type(copied).training_step, copied)  # not one set on the instance
+                for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
+                    batch = getattr(copied, hook)(batch, 0)
                 takes_index = is_param_in_hook_signature(copied.training_step, "batch_idx", min_args=2)
                 with all_logits(copied, (2, data.num_classes)) as seen:
                     result = step(batch, 0) if takes_index else step(batch)
-        except Exception:
+        except Exception as error:
+            # A copy has no trainer, nor what hangs on it.
+            if not any(missing in str(error) for missing in ("not attached to a `Trainer`", "'NoneType' object")):
+                rank_zero_warn(
+                    f"a trial of the training step of {type(pl_module).__name__}, on two black images, failed "
+                    f"({type(error).__name__}: {first_line(error)}); the training will where that is not the trial's.",
+                    category=InputWarning,
+                )
             return self.student
         if result is None:  # it skips the batch
             return self.student
@@ -207,7 +219,9 @@ class TeacherMatching(L.Callback):
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
             images, labels = data.unpacked(batch)
             mixed = MIXINGS[self.mixing](images)
-            batch = data.repacked(batch, mixed.images, mixed.labels(labels))
+            # The step may change its batch in place: the teacher sees it first, and the loss has labels of its own.
+            target = self._target(mixed, data)
+            batch = data.repacked(batch, mixed.images, mixed.labels(labels.clone()))
             shape = (len(images), data.num_classes)
             if self._hook:
                 self._hook.expect(shape)
@@ -225,7 +239,7 @@ class TeacherMatching(L.Callback):
                 self._hook = LogitsHook(pl_module.get_submodule(found))
             if student is None:
                 raise self._nothing_seen(pl_module, shape)
-            loss = self._loss(student, self._target(mixed, data), mixed, labels)
+            loss = self._loss(student, target, mixed, labels)
             pl_module.log("matching_loss", loss.detach(), prog_bar=True)
             return {**result, "loss": loss} if isinstance(result, dict) else loss
 

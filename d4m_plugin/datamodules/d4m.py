@@ -1,5 +1,6 @@
 """The distilled set as the training data of any LightningModule, real images as its validation and test data."""
 
+import dataclasses
 import math
 import signal
 import threading
@@ -36,7 +37,7 @@ from d4m_plugin.progress import say
 from d4m_plugin.pushing import check_write_access
 from d4m_plugin.recipe import Recipe
 from d4m_plugin.screening import check_images, fingerprint_of_tests, readable_source
-from d4m_plugin.sharing import OthersSet, find_set, listed
+from d4m_plugin.sharing import OthersSet, differences, find_set, listed
 from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import Resize, to_pixels
 from d4m_plugin.subsets import random_subset
@@ -184,6 +185,11 @@ class D4MDataModule(L.LightningDataModule):
                 f"`set_folder` is {str(set_folder)!r}, whose classes ({its}) are not those of {self.source.name} "
                 f"({ours}); name the source that it was distilled from."
             )
+        if self._named_set and set_folder:  # another `image_size` is that of the training
+            asked = dataclasses.replace(self.recipe, image_size=None)
+            if differs := differences(self._named_set, self.source, asked):
+                sentence = f"`set_folder` is {str(set_folder)!r}, which is taken as it is: it has {'; '.join(differs)}."
+                rank_zero_warn(sentence, category=InputWarning)
         if self._named_set and (caution := self._named_set.caution_of(self.source)):
             rank_zero_warn(caution, category=InputWarning)
 

@@ -27,7 +27,7 @@ from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
 from d4m_plugin.hub import without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.progress import is_first
-from d4m_plugin.record import ResultsRecord, read_record, write_record
+from d4m_plugin.record import ResultsRecord, read_record, record_in_turn, write_record
 from d4m_plugin.screening import readable_source
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
@@ -214,9 +214,10 @@ def _record(judged: JudgedSet, results: dict[str, Any]) -> None:
         return
     told = {"results": {name: results[name] for name in ResultsRecord.__annotations__}}
     try:
-        metadata = read_record(dataset.folder) | told  # as it is now, hours after it was read
-        write_record(metadata, dataset.folder)
-        write_card(Path(dataset.root), dataset.folder.name, metadata)
+        with record_in_turn(dataset.folder):
+            metadata = read_record(dataset.folder) | told  # as it is now, hours after it was read
+            write_record(metadata, dataset.folder)
+            write_card(Path(dataset.root), dataset.folder.name, metadata)
     except (OSError, InputError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         sentence = f"the results could not be put on the card of {str(dataset.root)!r} ({reason})."
