@@ -65,8 +65,8 @@ def to_the_user(run: Callable[[], None]) -> None:
 
 def _is_of_torchs_reading(error: Exception) -> bool:
     """Whether a file of `torch.load` is cut off."""
-    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0].f_code.co_filename
-    return isinstance(error, EOFError | RuntimeError) and innermost.endswith("torch/serialization.py")
+    modules = {frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return isinstance(error, EOFError | RuntimeError) and "torch.serialization" in modules
 
 
 _in_full = warnings.formatwarning
