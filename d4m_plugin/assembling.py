@@ -25,7 +25,7 @@ from d4m_plugin.errors import InputWarning
 from d4m_plugin.hub import license_of, without_folders
 from d4m_plugin.preview import MAX_COLUMNS, MAX_ROWS, grid
 from d4m_plugin.recipe import MODELS, ResolvedRecipe
-from d4m_plugin.record import FORMAT, write_record
+from d4m_plugin.record import FORMAT, ModelRecord, NewRecord, SourceRecord, write_record
 from d4m_plugin.screening import WithoutBadImages
 from d4m_plugin.sources import Source
 from d4m_plugin.units import load_tensors, seconds_of, write_tensors
@@ -84,7 +84,7 @@ def write_set(
     seconds: Counter[str] = Counter()
     for path in (*prototypes, *blocks):
         seconds.update(seconds_of(path))
-    metadata = {
+    metadata: NewRecord = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "recipe": dataclasses.asdict(recipe) | {name: without_folders(getattr(recipe, name)) for name in MODELS},
@@ -112,7 +112,7 @@ def _noting_the_first(first: list[list[Tensor]], blocks: Iterable[dict[str, Tens
         yield block
 
 
-def _described(source: Source) -> dict[str, Any]:
+def _described(source: Source) -> SourceRecord:
     """Return what is told of a source: nothing of where its files lie here."""
     original = source.source if isinstance(source, WithoutBadImages) else source
     kind = type(original)
@@ -145,7 +145,7 @@ def _told(value: Any) -> Any:
     return value
 
 
-def _described_model(recipe: ResolvedRecipe) -> dict[str, Any]:
+def _described_model(recipe: ResolvedRecipe) -> ModelRecord:
     embedded, here = recipe.diffusion in EMBEDDED, Path(recipe.diffusion).exists()
     return {
         "hub_id": None if embedded or here else recipe.diffusion,

@@ -19,6 +19,7 @@ from d4m_plugin.distilled import PARQUET, columns_of
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import card_of
 from d4m_plugin.recipe import Recipe
+from d4m_plugin.record import Record, ResultsRecord
 
 BESIDE_DATA = ("license", "licence", "notice", "requirements")  # files of text, whatever their suffix
 MARKUP = re.compile(r"[`<>&|\[\]*\\]")
@@ -133,7 +134,7 @@ class CardFields(TypedDict, total=False):
     task_categories: str | list[str]
 
 
-def write_card(folder: Path, config: str, metadata: dict[str, Any]) -> None:
+def write_card(folder: Path, config: str, metadata: Record) -> None:
     """Write the README.md of a set's folder, or its parts about this set where it is there."""
     file = folder / "README.md"
     card = content_of(file) if file.exists() else None
@@ -145,7 +146,7 @@ def write_card(folder: Path, config: str, metadata: dict[str, Any]) -> None:
 def merged_card(
     card: bytes | None,
     config: str,
-    metadata: dict[str, Any],
+    metadata: Record,
     size: int,
     hub_id: str | None = None,
     others: Iterable[str] = (),
@@ -191,7 +192,7 @@ def _is_data(name: str) -> bool:
     return path.suffix.lower() in (_EXTENSION_TO_MODULE.keys() | {".zip", ".gz"}) - {".md", ".toml"}  # what tells of it
 
 
-def _add_metadata(data: Any, config: str, metadata: dict[str, Any], size: int) -> None:
+def _add_metadata(data: Any, config: str, metadata: Record, size: int) -> None:
     from datasets import DatasetInfo
     from datasets.info import DatasetInfosDict
     from datasets.splits import SplitDict, SplitInfo
@@ -237,7 +238,7 @@ def _with_part(text: str, name: str, part: str) -> str:
     return there.sub(lambda _: part, text) if there.search(text) else f"{text.rstrip()}\n\n{part}"
 
 
-def _about(config: str, metadata: dict[str, Any], hub_id: str | None) -> str:
+def _about(config: str, metadata: Record, hub_id: str | None) -> str:
     here = "path/to/this/folder"
     options = [
         *_source_options(metadata, "data."),
@@ -249,7 +250,7 @@ def _about(config: str, metadata: dict[str, Any], hub_id: str | None) -> str:
     )
 
 
-def _set(config: str, metadata: dict[str, Any]) -> str:
+def _set(config: str, metadata: Record) -> str:
     recipe, source, model = metadata["recipe"], metadata["source"], metadata["model"]
     return SET.format(
         config=config,
@@ -273,15 +274,23 @@ def _set(config: str, metadata: dict[str, Any]) -> str:
     )
 
 
-def _results(config: str, results: dict[str, Any]) -> str:
+def _results(config: str, results: ResultsRecord) -> str:
     rows = [
         f"| {' | '.join([*(_plain(row[part]) for part in ('student', 'labels', 'arm')), amount(row), accuracy(row)])} |"
         for row in results["table"]
     ]
     verdicts = "\n".join(f"- {_plain(sentence)}" for sentence in with_caution(results))
-    protocol = results["protocol"] | {"teacher": _plain(results["protocol"]["teacher"])}
-    protocol |= {"config": config, "verdicts": verdicts, "rows": "\n".join(rows), "rates": rates_of(protocol)}
-    return RESULTS.format_map(protocol)
+    protocol = results["protocol"]
+    return RESULTS.format(
+        config=config,
+        verdicts=verdicts,
+        rows="\n".join(rows),
+        seeds=protocol["seeds"],
+        steps=protocol["steps"],
+        batch_size=protocol["batch_size"],
+        rates=rates_of(protocol),
+        teacher=_plain(protocol["teacher"]),
+    )
 
 
 def rates_of(protocol: Mapping[str, Any]) -> str:
@@ -294,7 +303,7 @@ def rates_of(protocol: Mapping[str, Any]) -> str:
     return rates
 
 
-def with_caution(results: dict[str, Any]) -> dict[str, str | None]:
+def with_caution(results: Mapping[str, Any]) -> dict[str, str | None]:
     """Return the sentences of an evaluation and their verdicts, after what to know before them."""
     caution = {f"Caution: {results['caution']}": None} if results["caution"] else {}
     return {**caution, **results["verdicts"]}
@@ -305,12 +314,12 @@ def counted(images: int) -> str:
     return f"{images:,} image" + ("" if images == 1 else "s")
 
 
-def amount(row: dict[str, Any]) -> str:
+def amount(row: Mapping[str, Any]) -> str:
     """Return how many images an arm has and, where it is counted, in how many bytes: 100 in 61,234 bytes."""
     return f"{row['images']:,}" + ("" if row["bytes"] is None else f" in {row['bytes']:,} bytes")
 
 
-def accuracy(row: dict[str, Any]) -> str:
+def accuracy(row: Mapping[str, Any]) -> str:
     """Return an accuracy in percent and, where there is one, its standard deviation: 54.9 ± 0.9; what diverged, too."""
     parts = []
     if row["mean"] is not None:
@@ -320,7 +329,7 @@ def accuracy(row: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _command(metadata: dict[str, Any]) -> str:
+def _command(metadata: Record) -> str:
     """Return the command that makes a set again; of folders, it knows the names alone."""
     options = _source_options(metadata)
     for name, value in metadata["recipe"].items():
@@ -329,7 +338,7 @@ def _command(metadata: dict[str, Any]) -> str:
     return " \\\n    ".join(["d4m distill", *options])
 
 
-def _source_options(metadata: dict[str, Any], prefix: str = "") -> list[str]:
+def _source_options(metadata: Record, prefix: str = "") -> list[str]:
     source = metadata["source"]
     told = [f"{_quoted(f'--{prefix}source.{name}')} {_quoted(value)}" for name, value in source["arguments"].items()]
     skipped = [f"--{prefix}skip_bad_images true"] if source["skipped"] else []

@@ -34,7 +34,7 @@ from d4m_plugin.cache import checksum
 from d4m_plugin.errors import InputError, first_line
 from d4m_plugin.hub import find_repository, is_hub_id
 from d4m_plugin.prototypes import Prototypes
-from d4m_plugin.record import read_record
+from d4m_plugin.record import Record, read_record
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import Resize, read_image, to_pixels
 
@@ -52,6 +52,7 @@ class DistilledDataset(VisionDataset):
         classes: the class names in the order of the labels.
         weights: the share of its class that each image's prototype stands for, float32, shape (N,).
         logits: a teacher's, where `relabel` has stored them, float32, shape (N, classes).
+        metadata: its d4m.json.
         recipe: what the set was made by, as in its d4m.json.
         folder: where its files lie.
         revision: the commit, of a set of the Hub.
@@ -90,8 +91,8 @@ class DistilledDataset(VisionDataset):
             found = sorted(path.parent.name for path in folders)
             self.folder = Path(root) / _choose(found, config_name, str(root))
         self.metadata = read_record(self.folder)
-        self.recipe: dict[str, Any] = self.metadata["recipe"]
-        self.classes: list[str] = self.metadata["source"]["classes"]
+        self.recipe = self.metadata["recipe"]
+        self.classes = self.metadata["source"]["classes"]
         columns = _read_columns(self.folder, self.metadata)
         self.weights = columns["weight"]
         self.targets: list[int] = columns["label"].tolist()
@@ -236,7 +237,7 @@ def shards(folder: Path) -> list[Path]:
     return found
 
 
-def _read_columns(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+def _read_columns(folder: Path, record: Record) -> dict[str, Tensor]:
     """Return the columns of a set that training needs, but for the images, as its record says them to be.
 
     Returns:

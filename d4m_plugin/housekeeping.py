@@ -139,7 +139,7 @@ def _is_whole(unit: Path) -> bool:
 
 def _damaged_of_set(record: Path) -> list[str]:
     try:
-        known: dict[str, str] = read_record(record.parent)["checksums"]
+        known = read_record(record.parent)["checksums"]
     except InputError:
         return [record.name]
     found = checksums(record.parent)

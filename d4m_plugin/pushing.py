@@ -1,5 +1,6 @@
 """Upload a distilled set to the Hugging Face Hub in one commit, and read it back."""
 
+import copy
 import hashlib
 import logging
 from pathlib import Path, PurePath
@@ -10,7 +11,7 @@ from d4m_plugin.card import merged_card
 from d4m_plugin.distilled import PARQUET, DistilledDataset, columns_of, shards
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import Repository, persistently
-from d4m_plugin.record import encoded
+from d4m_plugin.record import Record, encoded
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +87,18 @@ def _check_files(dataset: DistilledDataset) -> None:
         raise InputError(f"{str(folder / missing[0])!r} is missing; make or fetch the set anew.")
 
 
-def _with_licenses(metadata: dict[str, Any], source: str | None, model: str | None) -> dict[str, Any]:
-    parts = {}
-    for part, given in (("source", source), ("model", model)):
-        parts[part] = metadata[part] | ({"license": given} if given else {})
-        if parts[part]["license"] == "unknown":
+def _with_licenses(metadata: Record, source: str | None, model: str | None) -> Record:
+    metadata = copy.deepcopy(metadata)
+    for part, told, given in (("source", metadata["source"], source), ("model", metadata["model"], model)):
+        told["license"] = given or told["license"]
+        if told["license"] == "unknown":
             logger.warning(
                 "The licence of the %s is not known, and the card will say so; name it as `%s_license`.", part, part
             )
-    return metadata | parts
+    return metadata
 
 
-def _commit(api: Any, dataset: DistilledDataset, repo_id: str, metadata: dict[str, Any]) -> str:
+def _commit(api: Any, dataset: DistilledDataset, repo_id: str, metadata: Record) -> str:
     """Make one commit of the set over the newest one, and return it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, hf_hub_download
 
@@ -127,7 +128,7 @@ def _commit(api: Any, dataset: DistilledDataset, repo_id: str, metadata: dict[st
     return str(made.oid)
 
 
-def _compare(dataset: DistilledDataset, repo_id: str, commit: str, metadata: dict[str, Any]) -> None:
+def _compare(dataset: DistilledDataset, repo_id: str, commit: str, metadata: Record) -> None:
     """Read a pushed set back, and compare it with the one here."""
     from datasets import load_dataset_builder
 

@@ -98,8 +98,17 @@ class Record(TypedDict):
     results: NotRequired[ResultsRecord]
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return the d4m.json of a set's folder, a Record.
+class NewRecord(Record):
+    """What d4m.json tells of a set that was just made."""
+
+    format: int
+    fewer_prototypes: dict[str, int]  # of the labels that have fewer than the recipe says
+    versions: dict[str, str]
+    seconds: dict[str, float]  # of each stage
+
+
+def read_record(folder: Path) -> Record:
+    """Return the d4m.json of a set's folder.
 
     Raises:
         InputError: where it cannot be read, is of another format, or tells what no set can have been made by.
@@ -109,7 +118,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     found = read_json(content, AnyFormat, repr(str(file)))["format"]
     if found != FORMAT:
         raise InputError(f"{str(folder)!r} is of format {found}, not {FORMAT}; use the d4m-plugin that wrote it.")
-    record: dict[str, Any] = read_json(content, Record, repr(str(file)))
+    record: Record = read_json(content, Record, repr(str(file)))
     options = {field.name for field in dataclasses.fields(ResolvedRecipe)}
     if differs := sorted(options ^ record["recipe"].keys()):
         what = "lacks" if differs[0] in options else "has"
@@ -123,8 +132,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def write_record(record: dict[str, Any], folder: Path) -> None:
-    """Put a Record in place of the d4m.json of a set's folder; readers see the one or the other."""
+def write_record(record: Record, folder: Path) -> None:
+    """Put a record in place of the d4m.json of a set's folder; readers see the one or the other."""
     with written_whole(folder / "d4m.json") as path:
         path.write_bytes(encoded(record))
 
@@ -136,6 +145,6 @@ def record_in_turn(folder: Path) -> Iterator[None]:
         yield
 
 
-def encoded(record: dict[str, Any]) -> bytes:
-    """Return what d4m.json holds of a Record."""
+def encoded(record: Record) -> bytes:
+    """Return what d4m.json holds of a record."""
     return json.dumps(record, indent=2).encode()

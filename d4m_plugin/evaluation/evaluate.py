@@ -212,10 +212,11 @@ def _record(judged: JudgedSet, results: dict[str, Any]) -> None:
     dataset = judged.dataset
     if dataset is None or dataset.revision is not None:
         return
-    told = {"results": {name: results[name] for name in ResultsRecord.__annotations__}}
+    told: Any = {name: results[name] for name in ResultsRecord.__annotations__}
     try:
         with record_in_turn(dataset.folder):
-            metadata = read_record(dataset.folder) | told  # as it is now, hours after it was read
+            metadata = read_record(dataset.folder)  # as it is now, hours after it was read
+            metadata["results"] = told
             write_record(metadata, dataset.folder)
             write_card(Path(dataset.root), dataset.folder.name, metadata)
     except (OSError, InputError) as error:
