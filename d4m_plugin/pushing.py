@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -57,10 +58,9 @@ def push(
             raise InputError(f"`tag` is {tag!r}, which {repo_id} has already; name another.")
     commit = persistently(lambda: _commit(api, dataset, repo_id, metadata), repo_id, str(dataset.root))
     if tag is not None:
-        name = tag  # which is not None
-        options = {"tag": name, "revision": commit, "repo_type": "dataset"}
         # It may be there by an earlier try, whose answer was lost.
-        persistently(lambda: api.create_tag(repo_id, **options, exist_ok=True), repo_id)
+        tagging = partial(api.create_tag, repo_id, tag=tag, revision=commit, repo_type="dataset", exist_ok=True)
+        persistently(tagging, repo_id)
     _compare(dataset, repo_id, commit, metadata)
     return commit
 
