@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -34,6 +34,8 @@ POLL = 0.2  # seconds between looks at what others have done
 SILENCE = 5.0  # seconds of waiting before it is said
 BEAT = 10.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without one before the units of others are made here
+
+T = TypeVar("T")
 
 
 class DamagedError(InputError):
@@ -209,19 +211,19 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def save_json(path: Path, row: dict[str, Any]) -> None:
+def save_json(path: Path, row: Mapping[str, Any]) -> None:
     """Write a mapping whole, with a checksum of it and of the file's name."""
     held = {"checksum": _checksum_of_row(path.name, row), "row": row}
     with written_whole(path) as aside:
         aside.write_text(json.dumps(held, indent=1, allow_nan=False), encoding="utf-8")
 
 
-def load_json(path: Path, expected: Any) -> dict[str, Any]:
+def load_json(path: Path, expected: type[T]) -> T:
     """Return what `save_json` wrote.
 
     Args:
         path: the file.
-        expected: what the mapping must be, as for `fault_of`.
+        expected: what the mapping must be, a TypedDict as for `fault_of`.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -231,7 +233,7 @@ def load_json(path: Path, expected: Any) -> dict[str, Any]:
         held = read_json(path.read_bytes(), _Held, repr(str(path)))
     except InputError as error:
         raise DamagedError(str(error)) from error
-    row: dict[str, Any] = held["row"]
+    row: T = held["row"]
     if held["checksum"] != _checksum_of_row(path.name, row):
         raise DamagedError(f"{str(path)!r} is damaged (its checksum differs).")
     if fault := fault_of(row, expected, ""):
@@ -244,7 +246,7 @@ class _Held(TypedDict):
     row: dict[str, Any]
 
 
-def _checksum_of_row(name: str, row: dict[str, Any]) -> str:
+def _checksum_of_row(name: str, row: Any) -> str:
     return hashlib.sha256(json.dumps([name, row], sort_keys=True).encode()).hexdigest()
 
 

@@ -21,7 +21,7 @@ from d4m_plugin.evaluation.arms import Arm, Arms
 from d4m_plugin.evaluation.figures import Features
 from d4m_plugin.evaluation.pictures import features_of, judge, open_network, side_by_side
 from d4m_plugin.evaluation.report import write_report
-from d4m_plugin.evaluation.runs import Labels, Protocol, Trainings, called, steps_of, trained
+from d4m_plugin.evaluation.runs import Labels, Protocol, Row, Trainings, called, steps_of, trained
 from d4m_plugin.evaluation.sets import JudgedSet, open_set
 from d4m_plugin.evaluation.verdict import dd_ranking, sentences, table_of
 from d4m_plugin.hub import without_folders
@@ -129,7 +129,7 @@ def evaluate(
 def results_of(
     arms: Arms,
     protocol: Protocol,
-    runs: Sequence[dict[str, Any]],
+    runs: Sequence[Row],
     features: str,
     network: nn.Module | None,
     folder: Path,

@@ -138,10 +138,21 @@ class Run:
 
 
 class Row(TypedDict):
-    """What is kept of a training."""
+    """What is kept of a training.
 
-    arm: str
-    labels: str
+    Attributes:
+        accuracy: share of the test images, or of the slice, that are named rightly; None of a training that diverged,
+            of which the next two are None too.
+        accuracies: the same of each class, None of one without test images.
+        confusion: how many images of each class (a list each) are named as which; None of many classes.
+        losses: [step, loss] of some steps; None in place of a loss that is no number.
+        seconds: what it took.
+
+    The others are the Run's.
+    """
+
+    arm: Arm
+    labels: Labels
     student: str
     seed: int
     lr: float
@@ -311,8 +322,8 @@ class Training:
         return f"{self.of.key(self.run)}.json"
 
 
-def trained(trainings: Sequence[Training]) -> list[dict[str, Any]]:
-    """Return what each training gave: arm, labels, student, seed, lr, accuracy, accuracies by class and more.
+def trained(trainings: Sequence[Training]) -> list[Row]:
+    """Return what each training gave.
 
     Args:
         trainings: of one folder; those that are not done are made by this process and all that share it.
@@ -332,7 +343,7 @@ def trained(trainings: Sequence[Training]) -> list[dict[str, Any]]:
     return [_read_row(folder / training.file) for training in trainings]
 
 
-def _read_row(path: Path) -> dict[str, Any]:
+def _read_row(path: Path) -> Row:
     return load_json(path, Row)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from scipy.stats import t as student_t
 
 from d4m_plugin.evaluation.arms import Arm
-from d4m_plugin.evaluation.runs import Labels
+from d4m_plugin.evaluation.runs import Labels, Row
 
 Verdict = Literal["better", "worse", "not separable", "diverged"]
 CONFIDENCE = 0.95
@@ -53,7 +53,7 @@ def verdict_of(difference: float, half_width: float, test_images: int) -> Verdic
 
 
 def table_of(
-    runs: Sequence[dict[str, Any]], amounts: Mapping[Arm, dict[str, int | None]], test_images: int
+    runs: Sequence[Row], amounts: Mapping[Arm, dict[str, int | None]], test_images: int
 ) -> list[dict[str, Any]]:
     """Return a row for each student, kind of labels and arm, its accuracies against the distilled set's.
 
