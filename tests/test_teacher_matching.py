@@ -3,16 +3,17 @@ import itertools
 import pickle
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -1036,23 +1037,28 @@ def test_two_processes_equal_a_plain_loop_over_the_batches_of_both(in_two_proces
         torch.testing.assert_close(trained[name], weight)
 
 
+@pytest.fixture
+def alone_in_a_group(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
-    ("kind", "options", "told"),
+    ("wrap", "told"),
     [
-        (DDPStrategy, {}, True),
-        (DDPStrategy, {"find_unused_parameters": True}, False),
-        (DDPStrategy, {"static_graph": True}, False),
-        (DeepSpeedStrategy, {}, False),  # whose engine takes the gradients away
+        (DistributedDataParallel, True),
+        (partial(DistributedDataParallel, find_unused_parameters=True), False),
+        (partial(DistributedDataParallel, static_graph=True), False),
+        (nn.Sequential, False),  # as DeepSpeed's engine, which takes the gradients away
     ],
 )
-def test_parameters_are_missed_where_processes_would_wait_for_them(kind, options, told):
-    strategy = kind.__new__(kind)
-    strategy._ddp_kwargs = options
-    matching = TeacherMatching(None)
+def test_parameters_are_missed_where_processes_would_wait_for_them(alone_in_a_group, wrap, told):
+    matching, plain = TeacherMatching(None), Plain()
     matching._restore = lambda: None
-    trainer = SimpleNamespace(strategy=strategy, global_step=0)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(model=wrap(plain)), global_step=0)
     with pytest.raises(InputError, match="4 parameters of Plain") if told else nullcontext():
-        matching.on_after_backward(trainer, Plain())
+        matching.on_after_backward(trainer, plain)
 
 
 def test_parameters_without_a_part_in_the_logits_are_named_under_ddp(in_two_processes):

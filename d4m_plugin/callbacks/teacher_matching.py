@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from d4m_plugin.datamodules import D4MDataModule
 from d4m_plugin.errors import InputError, InputWarning, first_line
@@ -126,14 +126,11 @@ class TeacherMatching(L.Callback):
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Name the parameters for whose gradients processes would wait for ever."""
-        strategy = trainer.strategy
-        if not self._restore or trainer.global_step > 0 or not isinstance(strategy, DDPStrategy):
+        waiting = trainer.strategy.model  # of the strategies, only DDP wraps the module so
+        if not self._restore or trainer.global_step > 0 or not isinstance(waiting, DistributedDataParallel):
             return
-        if isinstance(strategy, DeepSpeedStrategy):  # has taken the gradients away by now
-            return
-        finds_them = any(strategy._ddp_kwargs.get(way) for way in ("find_unused_parameters", "static_graph"))
         unused = [name for name, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
-        if unused and not finds_them:
+        if unused and not (waiting.find_unused_parameters or waiting.static_graph):
             raise InputError(
                 f"{len(unused)} parameters of {type(pl_module).__name__} have no part in its logits, such as "
                 f"{unused[0]!r}; set `strategy` (`--trainer.strategy`) to ddp_find_unused_parameters_true."
