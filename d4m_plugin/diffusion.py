@@ -179,19 +179,16 @@ class LatentDiffusion:
         Yields:
             The answers that it has given.
         """
-        denoiser, answers = self._denoiser, list[Any]()
-        compiled = denoiser._compiled_call_impl
+        forward, answers = self._denoiser.forward, list[Any]()
 
         def answer(*args: Any, **kwargs: Any) -> Any:
-            # Not compiled, which takes minutes.
-            answers.append(answers[0] if answers else denoiser._call_impl(*args, **kwargs))
+            answers.append(answers[0] if answers else forward(*args, **kwargs))
             return answers[0]
 
-        denoiser._compiled_call_impl = answer
         try:
-            yield answers
+            with _replaced(self._denoiser, forward=answer), torch.compiler.set_stance("force_eager"):  # else, minutes
+                yield answers
         finally:
-            denoiser._compiled_call_impl = compiled
             self._bring([])
 
     @contextmanager
@@ -337,7 +334,7 @@ class LatentDiffusion:
         if mode_guidance_scale:
             packed = self.pipeline._pack_latents(latents, *latents.shape) if self._is_flux else latents
             step = pulled_toward(packed, scheduler, step, mode_guidance_scale, mode_guidance_stop)
-        with self._autocast(self._denoiser), _stepping(scheduler, step):
+        with self._autocast(self._denoiser), _replaced(scheduler, step=step):
             output = self.pipeline(
                 image=latents,
                 strength=strength,
@@ -390,13 +387,14 @@ def _memory_of(device: torch.device) -> int:
 
 
 @contextmanager
-def _stepping(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
-    """Have a scheduler step in another way for a while."""
-    scheduler.step = step
+def _replaced(owner: Any, **methods: Callable[..., Any]) -> Iterator[None]:
+    """Have an object do in another way, for a while, what its class says."""
+    vars(owner).update(methods)
     try:
         yield
     finally:
-        del scheduler.step
+        for name in methods:
+            delattr(owner, name)
 
 
 @contextmanager
