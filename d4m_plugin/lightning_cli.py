@@ -76,9 +76,14 @@ class D4MCLI(LightningCLI):
         for name in OFFERED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
+    @property
+    def _options(self) -> Any:
+        """The options of the command, defaults filled in and classes instantiated."""
+        return self.config_init[self.subcommand]
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Fill in how long to train, how often to validate and how to show it, where the user does not say."""
-        options = self._get(self.config_init, "trainer", {})
+        options = self._options.trainer
         if options["max_steps"] == -1 and options["max_epochs"] is None and options["max_time"] is None:
             kwargs["max_steps"] = DEFAULT_STEPS
         if options["check_val_every_n_epoch"] == 1 and not isinstance(options["val_check_interval"], float):
@@ -114,7 +119,7 @@ class D4MCLI(LightningCLI):
         keys = isinstance(self.datamodule, D4MDataModule) and self.datamodule.batch_keys
         if keys and type(self.model) is ImageClassifier:
             raise InputError(f"`batch_keys` is {keys}, but an ImageClassifier takes batches as tuples; leave it out.")
-        path = str(self._get(self.config_init, "ckpt_path") or "")
+        path = str(self._options.ckpt_path or "")
         found_by_lightning = path in ("", "last", "hpc") or path.startswith("registry") or "://" in path
         if not found_by_lightning and not Path(path).expanduser().exists():
             raise InputError(f"`ckpt_path` is {path!r}, and there is no such file.")
@@ -122,7 +127,7 @@ class D4MCLI(LightningCLI):
     def before_test(self) -> None:
         """Refuse to measure weights that nothing has trained."""
         self.before_fit()
-        if isinstance(self.model, ImageClassifier) and not self._get(self.config_init, "ckpt_path"):
+        if isinstance(self.model, ImageClassifier) and not self._options.ckpt_path:
             raise InputError(
                 "`ckpt_path` is missing: an ImageClassifier has random weights without one; name the last.ckpt of a "
                 "run of `lightning fit`."
@@ -156,7 +161,7 @@ class D4MCLI(LightningCLI):
 
     def _unused(self, checkpoint: ModelCheckpoint) -> Path:
         """Return last.ckpt in a callback's folder; last-v1.ckpt and so on, as Lightning, where it is another run's."""
-        own = {checkpoint.last_model_path, str(self._get(self.config_init, "ckpt_path") or "")}
+        own = {checkpoint.last_model_path, str(self._options.ckpt_path or "")}
         own = {os.path.realpath(each) for each in own if each}
         versions = itertools.chain([""], (f"-v{number}" for number in itertools.count(1)))
         paths = (Path(str(checkpoint.dirpath)) / f"last{version}.ckpt" for version in versions)
@@ -184,38 +189,42 @@ class D4MCLI(LightningCLI):
         if not isinstance(data, D4MDataModule):
             return {}
         again = f"lightning fit --config {shlex.quote(f'{log_dir}/config.yaml')}"
-        if self._get(self.config_init, "ckpt_path"):
+        if self._options.ckpt_path:
             again += " --ckpt_path null"  # else it would go on with this student
         if data.train_on == "distilled":
             found = data.training_set
             rows: dict[str, Any] = {"distilled set": data.hub_id}
             if isinstance(found, DistilledDataset):
                 rows = {"distilled set": found.root, "preview": found.preview}
-            options = f"--data.train_on random --data.ipc {math.ceil(len(found) / data.num_classes)}"
-            if data.image_size != data.source.image_size:
-                options += f" --data.image_size {data.image_size}"
-            if data.resize != data.recipe.resize:
-                options += f" --data.resize {data.resize}"
-            teachers = [str(each) for each in self._get(self.config_init, "matching").teachers]
-            if STORED in teachers:
-                told = data.distilled.metadata["labels"]["teacher"]
-                if told.endswith((".ckpt", ".safetensors")) or (told.startswith(TRANSFORMERS) and "/" not in told):
-                    told = "TEACHER"  # where it lies is not recorded
-                teachers = [told if each == STORED else each for each in teachers]
-                given = teachers[0] if len(teachers) == 1 else json.dumps(teachers)
-                options += f" --matching.teacher {shlex.quote(given)}"
-            if data.weighting != "uniform":
-                options += " --data.weighting uniform"
-            if data.push:
-                options += " --data.push false"
             return rows | {
-                "next": f"{again} {options}",
+                "next": " ".join([again, *self._for_as_many_random(data)]),
                 "": "(the same training on as many real images: is the distilled set better?)",
             }
         if data.train_on == "real" and checkpoint and isinstance(self.model, ImageClassifier):
             teacher = shlex.quote(str(checkpoint))
             return {"as a teacher": f"{again} --data.train_on distilled --matching.teacher {teacher}"}
         return {}
+
+    def _for_as_many_random(self, data: D4MDataModule) -> list[str]:
+        """Return the options that make a training on a distilled set one on as many random real images."""
+        options = ["--data.train_on random", f"--data.ipc {math.ceil(len(data.training_set) / data.num_classes)}"]
+        if data.image_size != data.source.image_size:
+            options.append(f"--data.image_size {data.image_size}")
+        if data.resize != data.recipe.resize:
+            options.append(f"--data.resize {data.resize}")
+        teachers = [str(each) for each in self._options.matching.teachers]
+        if STORED in teachers:
+            stored = data.distilled.metadata["labels"]["teacher"]
+            if stored.endswith((".ckpt", ".safetensors")) or (stored.startswith(TRANSFORMERS) and "/" not in stored):
+                stored = "TEACHER"  # where it lies is not recorded
+            teachers = [stored if each == STORED else each for each in teachers]
+            given = teachers[0] if len(teachers) == 1 else json.dumps(teachers)
+            options.append(f"--matching.teacher {shlex.quote(given)}")
+        if data.weighting != "uniform":
+            options.append("--data.weighting uniform")
+        if data.push:
+            options.append("--data.push false")
+        return options
 
     def predict(self, **kwargs: Any) -> None:
         """Write the label predicted of each real test image to predictions.csv in the log folder."""
