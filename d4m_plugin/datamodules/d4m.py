@@ -4,7 +4,7 @@ import dataclasses
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -116,25 +116,7 @@ class D4MDataModule(L.LightningDataModule):
         **recipe: Any,
     ) -> None:
         super().__init__()
-        if train_on not in ("distilled", "real", "random"):
-            raise InputError(f"`train_on` is {train_on!r}; use distilled, real or random.")
-        if push and (hub_id is None or train_on != "distilled" or set_folder or revision or config_name):
-            raise InputError(
-                "`push` is true; it needs `hub_id`, and `train_on: distilled`, and goes with none of `set_folder`, "
-                "`revision` and `config_name`."
-            )
-        if hub_id and set_folder:
-            raise InputError(f"`hub_id` is {hub_id!r} and `set_folder` {str(set_folder)!r}; name one set.")
-        if revision and not hub_id:
-            raise InputError(f"`revision` is {revision!r}, but no `hub_id` is named; only the Hub has revisions.")
-        if config_name and not (hub_id or set_folder):
-            raise InputError(f"`config_name` is {config_name!r}, but neither `set_folder` nor `hub_id` is named.")
-        if weighting not in POWERS:
-            raise InputError(f"`weighting` is {weighting!r}; use {', '.join(POWERS)}.")
-        if weighting != "uniform" and train_on != "distilled":
-            raise InputError(
-                f"`weighting` is {weighting!r}, but `train_on` is {train_on!r}; only distilled images have weights."
-            )
+        _check_goes_together(train_on, weighting, set_folder, hub_id, revision, config_name, push)
         check_least(1, batch_size=batch_size, distill_batch_size=distill_batch_size)
         if not isinstance(source, Source | None):
             raise InputError(f"`source` is {source!r}; it must be a Source, such as Digits().")
@@ -155,43 +137,45 @@ class D4MDataModule(L.LightningDataModule):
         self.num_classes = len(self.source.classes)
         self.hub_id, self.push, self.private = hub_id, push, private
         self.prepare_data_per_node = False  # one process asks for leave to push
-        self._named_set: DistilledDataset | None = None
-        self._others_set: OthersSet | None = None
-        if train_on == "distilled" and set_folder:
-            self._named_set = DistilledDataset(Path(set_folder).expanduser().resolve(), config_name)
         self._not_on_the_hub = ""
-        if train_on == "distilled" and hub_id:
-            found = None
-            try:
-                found = find_set(self.source, self.recipe, hub_id, config_name, revision, exact=push)
-            except NotOnTheHub as error:
-                if revision or config_name:
-                    raise
-                self._not_on_the_hub = str(error)
-            if isinstance(found, OthersSet):
-                self._others_set = found
-            else:
-                self._named_set = found
-        named = self._named_set.recipe if self._named_set else None
-        self.image_size: int = self.recipe.image_size or (named["image_size"] if named else self.source.image_size)
-        self.resize: Resize = named["resize"] if named else self.recipe.resize
+        found = self._find_named(set_folder, config_name, revision) if train_on == "distilled" else None
+        self._named_set = found if isinstance(found, DistilledDataset) else None
+        self._others_set = found if isinstance(found, OthersSet) else None
         if weighting != "uniform" and self._others_set:
             raise InputError(
                 f"`weighting` is {weighting!r}, but {hub_id} was distilled by another tool and has no weights."
             )
-        if self._named_set and self._named_set.classes != list(self.source.classes):
-            its, ours = listed(self._named_set.classes), listed(self.source.classes)
-            raise InputError(
-                f"`set_folder` is {str(set_folder)!r}, whose classes ({its}) are not those of {self.source.name} "
-                f"({ours}); name the source that it was distilled from."
-            )
-        if self._named_set and set_folder:  # another `image_size` is that of the training
-            asked = dataclasses.replace(self.recipe, image_size=None)
-            if differs := differences(self._named_set, self.source, asked):
-                sentence = f"`set_folder` is {str(set_folder)!r}, which is taken as it is: it has {'; '.join(differs)}."
-                rank_zero_warn(sentence, category=InputWarning)
+        named = self._named_set.recipe if self._named_set else None
+        self.image_size: int = self.recipe.image_size or (named["image_size"] if named else self.source.image_size)
+        self.resize: Resize = named["resize"] if named else self.recipe.resize
         if self._named_set and (caution := self._named_set.caution_of(self.source)):
             rank_zero_warn(caution, category=InputWarning)
+
+    def _find_named(
+        self, set_folder: str | Path | None, config_name: str | None, revision: str | None
+    ) -> DistilledDataset | OthersSet | None:
+        """Return the set in a folder or on the Hub; None where none is named, or the Hub has it not yet."""
+        if set_folder:
+            found = DistilledDataset(Path(set_folder).expanduser().resolve(), config_name)
+            if found.classes != list(self.source.classes):
+                raise InputError(
+                    f"`set_folder` is {str(set_folder)!r}, whose classes ({listed(found.classes)}) are not those of "
+                    f"{self.source.name} ({listed(self.source.classes)}); name the source that it was distilled from."
+                )
+            # Another `image_size` is that of the training.
+            if differs := differences(found, self.source, dataclasses.replace(self.recipe, image_size=None)):
+                sentence = f"`set_folder` is {str(set_folder)!r}, which is taken as it is: it has {'; '.join(differs)}."
+                rank_zero_warn(sentence, category=InputWarning)
+            return found
+        if not self.hub_id:
+            return None
+        try:
+            return find_set(self.source, self.recipe, self.hub_id, config_name, revision, exact=self.push)
+        except NotOnTheHub as error:
+            if revision or config_name:
+                raise
+            self._not_on_the_hub = str(error)
+            return None
 
     def prepare_data(self) -> None:
         """Before the long work of a set that is to be pushed, ask the Hub for leave."""
@@ -284,28 +268,28 @@ class D4MDataModule(L.LightningDataModule):
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
+    @property
+    def _at_work(self) -> L.Trainer:
+        """The trainer that calls a hook."""
+        assert self.trainer is not None
+        return self.trainer
+
     def on_before_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> Any:
         """Keep the stored logits of a training batch apart, so that no hook of a module or callback meets them."""
-        trainer = self.trainer
-        assert trainer is not None  # which calls this
-        if self._logits is not None and trainer.training:
+        if self._logits is not None and self._at_work.training:
             batch, self.stored_logits = batch[:-1], batch[-1]
         return self._by_the_modules_own("on_before_batch_transfer", batch, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> Any:
         """Augment a training batch, normalise any other, on the device that the trainer has moved it to."""
         images, labels = batch
-        trainer = self.trainer
-        assert trainer is not None  # which calls this
-        images = (self.augmented if trainer.training else self.normalised)(images)
-        images = trainer.precision_plugin.convert_input(images)  # it saw uint8, before
+        images = (self.augmented if self._at_work.training else self.normalised)(images)
+        images = self._at_work.precision_plugin.convert_input(images)  # it saw uint8, before
         return self._by_the_modules_own("on_after_batch_transfer", self.packed(images, labels), dataloader_idx)
 
     def _by_the_modules_own(self, hook: str, batch: Any, dataloader_idx: int) -> Any:
         """Return what a module's own hook, which Lightning leaves out where the data has one, makes of a batch."""
-        trainer = self.trainer
-        assert trainer is not None  # which calls the data's
-        module = trainer.lightning_module
+        module = self._at_work.lightning_module
         return getattr(module, hook)(batch, dataloader_idx) if is_overridden(hook, module) else batch
 
     def packed(self, images: Tensor, labels: Tensor) -> Any:
@@ -332,7 +316,13 @@ class D4MDataModule(L.LightningDataModule):
         return self._normalise(images.float() / 255)
 
     def _normalise(self, images: Tensor) -> Tensor:
-        return (images - _by_channel(self.source.mean, images)) / _by_channel(self.source.std, images)
+        mean, std = self._mean_and_std(images)
+        return (images - mean) / std
+
+    def _mean_and_std(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the source's, of shape (3, 1, 1), as the images are held."""
+        mean, std = (tuple(values) for values in (self.source.mean, self.source.std))
+        return _by_channel(mean, images.device, images.dtype), _by_channel(std, images.device, images.dtype)
 
     def __str__(self) -> str:
         # Lightning's asks every loader for its size: printing would distil.
@@ -340,7 +330,8 @@ class D4MDataModule(L.LightningDataModule):
 
     def to_unit_range(self, images: Tensor) -> Tensor:
         """Return normalised images, shape (B, 3, H, W), in [0, 1] again."""
-        return images * _by_channel(self.source.std, images) + _by_channel(self.source.mean, images)
+        mean, std = self._mean_and_std(images)
+        return images * std + mean
 
     def state_dict(self) -> dict[str, Any]:
         """Tell a checkpoint what its model was trained on, so that it can serve as a teacher."""
@@ -401,15 +392,41 @@ class D4MDataModule(L.LightningDataModule):
         return WeightedRandomSampler((weights / of_class[labels]).tolist(), len(held))
 
 
-def _by_channel(values: Sequence[float], images: Tensor) -> Tensor:
-    """Return a value for each channel of images, shape (3, 1, 1), on their device."""
-    return _on_device(tuple(values), images.device, images.dtype)
-
-
 @cache  # each copy to an accelerator waits for it
-def _on_device(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _by_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # a training may follow a validation
         return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
+
+
+def _check_goes_together(
+    train_on: str,
+    weighting: str,
+    set_folder: str | Path | None,
+    hub_id: str | None,
+    revision: str | None,
+    config_name: str | None,
+    push: bool,
+) -> None:
+    """Refuse options of what is trained on that contradict each other, or are unknown."""
+    if train_on not in ("distilled", "real", "random"):
+        raise InputError(f"`train_on` is {train_on!r}; use distilled, real or random.")
+    if push and (hub_id is None or train_on != "distilled" or set_folder or revision or config_name):
+        raise InputError(
+            "`push` is true; it needs `hub_id`, and `train_on: distilled`, and goes with none of `set_folder`, "
+            "`revision` and `config_name`."
+        )
+    if hub_id and set_folder:
+        raise InputError(f"`hub_id` is {hub_id!r} and `set_folder` {str(set_folder)!r}; name one set.")
+    if revision and not hub_id:
+        raise InputError(f"`revision` is {revision!r}, but no `hub_id` is named; only the Hub has revisions.")
+    if config_name and not (hub_id or set_folder):
+        raise InputError(f"`config_name` is {config_name!r}, but neither `set_folder` nor `hub_id` is named.")
+    if weighting not in POWERS:
+        raise InputError(f"`weighting` is {weighting!r}; use {', '.join(POWERS)}.")
+    if weighting != "uniform" and train_on != "distilled":
+        raise InputError(
+            f"`weighting` is {weighting!r}, but `train_on` is {train_on!r}; only distilled images have weights."
+        )
 
 
 @contextmanager
