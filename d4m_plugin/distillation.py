@@ -37,7 +37,7 @@ from d4m_plugin.record import FORMAT
 from d4m_plugin.screening import check_images, check_labels, readable_source
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
-from d4m_plugin.sources.splits import members_by_label
+from d4m_plugin.sources.splits import counts_by_label, members_by_label
 from d4m_plugin.subsets import at_most
 from d4m_plugin.synthesis import check_denoising, open_model, open_teacher, synthesise, warn_of_prompts
 from d4m_plugin.teachers import Teacher
@@ -161,8 +161,9 @@ def check_classes(source: Source) -> None:
         raise InputError(f"{source.name} has the one class {source.classes[0]!r}; there is nothing to tell apart.")
     images = source.train()
     check_labels(source, images)
-    counts = torch.as_tensor(images.targets, dtype=torch.int64).bincount(minlength=len(source.classes))
-    for label in (counts == 0).nonzero().flatten().tolist():
+    counts = counts_by_label(images.targets, len(source.classes))
+    if 0 in counts:
+        label = counts.index(0)
         raise InputError(f"class {source.classes[label]!r} of {source.name} (label {label}) has no training images.")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from d4m_plugin.errors import InputError
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import LabelledImages, Source
-from d4m_plugin.sources.splits import members_by_label
+from d4m_plugin.sources.splits import counts_by_label, members_by_label
 
 
 def random_subset(source: Source, ipc: int, seed: int) -> LabelledImages:
@@ -26,8 +26,7 @@ def random_subset(source: Source, ipc: int, seed: int) -> LabelledImages:
         InputError: where a class has fewer images.
     """
     train = source.train()
-    counts = torch.as_tensor(train.targets, dtype=torch.int64).bincount(minlength=len(source.classes)).tolist()
-    for name, count in zip(source.classes, counts, strict=True):
+    for name, count in zip(source.classes, counts_by_label(train.targets, len(source.classes)), strict=True):
         if count < ipc:
             raise InputError(f"`ipc` is {ipc}, but class {name!r} has {count} images; lower it.")
     return at_most(train, ipc, seed)

@@ -32,7 +32,7 @@ from d4m_plugin.recipe import Recipe, ResolvedRecipe
 from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.images import Resize, squares_of, to_pixels
-from d4m_plugin.sources.splits import members_by_label
+from d4m_plugin.sources.splits import counts_by_label, members_by_label
 from d4m_plugin.subsets import Chosen, at_most
 from d4m_plugin.synthesis import open_model, open_teacher, synthesise
 from d4m_plugin.teachers import Teacher, load_teacher, teacher_digest
@@ -113,7 +113,7 @@ class Arms:
                 the one it was made by or cannot be opened, it has no prototypes, there is no teacher, or the source
                 does not tell what its images take on disk.
         """
-        there = np.bincount(np.asarray(self.train.targets), minlength=len(self.source.classes)).tolist()
+        there = counts_by_label(self.train.targets, len(self.source.classes))
         for name, wanted, count in zip(self.source.classes, self.judged.counts, there, strict=True):
             if count < wanted:
                 raise InputError(

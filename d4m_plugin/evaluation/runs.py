@@ -34,6 +34,7 @@ from d4m_plugin.progress import Progress
 from d4m_plugin.screening import check_images, fingerprint_of_tests
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
+from d4m_plugin.sources.splits import counts_by_label
 from d4m_plugin.subsets import Chosen, at_most
 from d4m_plugin.teachers import teacher_digest
 from d4m_plugin.units import Units, load_json, save_json
@@ -283,17 +284,17 @@ class Trainings:
     @cached_property
     def _slice(self) -> Chosen:
         """Real training images, as many of each class, by which learning rates are chosen."""
-        train = self.arms.source.train()
-        smallest = int(np.bincount(np.asarray(train.targets)).min())
-        per_class = max(1, min(SLICE // len(self.arms.source.classes), smallest // 5, self._spare))
+        train, classes = self.arms.source.train(), len(self.arms.source.classes)
+        smallest = min(counts_by_label(train.targets, classes))
+        per_class = max(1, min(SLICE // classes, smallest // 5, self._spare))
         return at_most(train, per_class, seed_of(-1))  # a draw of its own, whatever the seeds of the arms
 
     @property
     def _spare(self) -> int:
         """How many real training images each class has at least beside as many as are distilled."""
-        counts = np.asarray(self.arms.judged.counts)
-        targets = np.asarray(self.arms.source.train().targets)
-        return int((np.bincount(targets, minlength=len(counts)) - counts).min())
+        distilled = self.arms.judged.counts
+        there = counts_by_label(self.arms.source.train().targets, len(distilled))
+        return min(real - made for real, made in zip(there, distilled, strict=True))
 
     @cached_property
     def _slice_squares(self) -> Tensor:

@@ -23,6 +23,7 @@ from d4m_plugin.sources import LabelledImages, Source
 from d4m_plugin.sources.folders import class_folders, index
 from d4m_plugin.sources.images import Resize, squares_of
 from d4m_plugin.sources.names import readable
+from d4m_plugin.sources.splits import counts_by_label
 
 LONGEST_NAME = 100  # of a set: file systems take 255 bytes
 
@@ -187,7 +188,7 @@ def _judged(
     return JudgedSet(
         name=name[:LONGEST_NAME],
         squares=squares,
-        counts=torch.tensor(squares.targets).bincount(minlength=len(source.classes)).tolist(),
+        counts=counts_by_label(squares.targets, len(source.classes)),
         resize=resize,
         fingerprint=digest.hexdigest()[:12],
         dataset=dataset,

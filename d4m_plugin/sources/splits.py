@@ -18,6 +18,12 @@ def members_by_label(targets: Sequence[int] | np.ndarray) -> dict[int, Tensor]:
     return {label: indices for label, indices in enumerate(members) if len(indices)}
 
 
+def counts_by_label(targets: Sequence[int] | np.ndarray, classes: int) -> list[int]:
+    """Return how many images each of so many classes has, by its label."""
+    counts: list[int] = torch.as_tensor(targets, dtype=torch.int64).bincount(minlength=classes).tolist()
+    return counts
+
+
 def check_share(test_share: float) -> None:
     """Refuse what is no share of the images to set apart.
 
