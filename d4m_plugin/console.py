@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 from d4m_plugin.cache import refusal_of
@@ -45,32 +46,34 @@ def to_the_user(run: Callable[[], None]) -> None:
         )
         os._exit(130)  # now, whatever threads and other processes are at
     except Exception as error:
-        several = str(error).startswith("Training with multiple optimizers")
-        if type(error).__name__ == "MisconfigurationException" or several:  # Lightning's for options that cannot work
-            fail(str(error))
-        if type(error).__name__ == "UnpicklingError" or _is_of_torchs_reading(error):  # of what Lightning gives it
-            fail("the checkpoint is damaged, or holds more than tensors: it is not read, since that could run code.")
-        restoring = any(each.f_code.co_name == "restore_model" for each, _ in traceback.walk_tb(error.__traceback__))
-        if restoring and str(error).startswith("Error(s) in loading state_dict"):  # a module may load others of its own
-            fail("`ckpt_path` names a checkpoint of another model, or of another number of classes or image size.")
-        if refusal := refusal_of(error):
-            fail(refusal)
-        cause = _input_error(error)
-        if cause is None:
+        sentence = _sentence_of(error)
+        if sentence is None:
             raise
-        fail(str(cause).rpartition("InputError: ")[2].strip())  # a loader's worker sends its traceback along
+        fail(sentence)
     finally:
         warnings.formatwarning = _in_full
 
 
-def _is_of_torchs_reading(error: Exception) -> bool:
-    """Whether a file of `torch.load` is cut off."""
-    modules = {frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return isinstance(error, EOFError | RuntimeError) and "torch.serialization" in modules
-
-
 _in_full = warnings.formatwarning
 _told: set[str] = set()  # warnings, each of which is said once, whichever stages and processes give it
+
+
+def _sentence_of(error: Exception) -> str | None:
+    """Return what to tell of an error that the user can mend; None of any other."""
+    several = str(error).startswith("Training with multiple optimizers")
+    if type(error).__name__ == "MisconfigurationException" or several:  # Lightning's for options that cannot work
+        return str(error)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    reading = any(frame.f_globals["__name__"] == "torch.serialization" for frame in frames)
+    if reading and isinstance(error, UnpicklingError | EOFError | RuntimeError):  # of a checkpoint
+        return "the checkpoint is damaged, or holds more than tensors: it is not read, since that could run code."
+    restoring = any(frame.f_code.co_name == "restore_model" for frame in frames)
+    if restoring and str(error).startswith("Error(s) in loading state_dict"):  # a module may load others of its own
+        return "`ckpt_path` names a checkpoint of another model, or of another number of classes or image size."
+    if refusal := refusal_of(error):
+        return refusal
+    cause = _input_error(error)
+    return None if cause is None else str(cause).rpartition("InputError: ")[2]  # a loader's worker sends its traceback
 
 
 def _in_one_line(
