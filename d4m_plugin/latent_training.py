@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
@@ -42,7 +42,12 @@ class Training(L.LightningModule):
 
     Batch and noise depend on the seed and the step's number alone, so a run that resumes goes on as if it had not
     been stopped, which no state of a loader would give.
+
+    Attributes:
+        slow: the parts that take the time, which are worth compiling.
     """
+
+    slow: tuple[nn.Module, ...]
 
     def __init__(self, tensors: Sequence[Tensor], batch_size: int, lr: float, seed: int) -> None:
         """Take tensors of as many rows each, of which a batch has `batch_size`, drawn by `seed`."""
@@ -59,10 +64,6 @@ class Training(L.LightningModule):
         """Lightning counts steps by a loader; this one's batches are numbers that nobody reads."""
         numbers = range(self.trainer.max_steps)
         return DataLoader(numbers, batch_size=None)  # type: ignore[arg-type]  # typed for a Dataset, whose methods it has
-
-    def compile_parts(self) -> None:
-        """Compile what takes the time, in place: the names of the weights stay."""
-        raise NotImplementedError
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a short warm-up and a cosine schedule to zero."""
@@ -85,12 +86,7 @@ class AutoencoderTraining(Training):
 
     def __init__(self, vae: AutoencoderKL, images: Tensor, batch_size: int, lr: float, seed: int) -> None:
         super().__init__([images], batch_size, lr, seed)
-        self.vae = vae
-
-    def compile_parts(self) -> None:
-        """Compile what takes the time, in place: the names of the weights stay."""
-        self.vae.encoder.compile()
-        self.vae.decoder.compile()
+        self.vae, self.slow = vae, (vae.encoder, vae.decoder)
 
     def training_step(self, batch: int) -> Tensor:
         """Return the loss of a batch."""
@@ -126,12 +122,8 @@ class DenoiserTraining(Training):
         """Take `prompt_ids`, int64 (classes + 1, 77), whose last row is the empty prompt, and latents and labels."""
         super().__init__(tensors, batch_size, lr, seed)
         self.unet, self.text_encoder = pipeline.unet, pipeline.text_encoder
-        self.scheduler = pipeline.scheduler
+        self.scheduler, self.slow = pipeline.scheduler, (pipeline.unet,)
         self.register_buffer("prompt_ids", prompt_ids, persistent=False)
-
-    def compile_parts(self) -> None:
-        """Compile what takes the time, in place: the names of the weights stay."""
-        self.unet.compile()
 
     def training_step(self, batch: int) -> Tensor:
         """Return the loss of a batch of latents, float32 (B, C, h, w), and their labels, int64 (B,)."""
@@ -182,8 +174,8 @@ def train(module: Training, steps: int, callbacks: list[L.Callback], checkpoint:
     Raises:
         InputError: where the training diverged.
     """
-    if compiled:
-        module.compile_parts()
+    for part in module.slow if compiled else ():
+        part.compile()  # in place: the names of the weights stay
     kept = _CheckpointOnTheWay(
         checkpoint.parent, checkpoint.stem, every_n_train_steps=STEPS_A_CHECKPOINT, enable_version_counter=False
     )
