@@ -91,7 +91,7 @@ def write_set(
         "source": _described(source),
         "model": _described_model(recipe),
         "fewer_prototypes": fewer,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+        "versions": versions(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "checksums": checksums(folder),
     }
@@ -99,6 +99,11 @@ def write_set(
     write_card(root, recipe.config_name, metadata)
     for path in filter(Path.is_file, root.rglob("*")):
         flush(path)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that have a part in what is made here."""
+    return {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
 
 
 def _noting_the_first(first: list[list[Tensor]], blocks: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

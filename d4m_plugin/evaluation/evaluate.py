@@ -1,18 +1,16 @@
 """`d4m evaluate`: is a distilled set any good? It ends with an answer, whatever the answer is."""
 
 import dataclasses
-import platform
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d4m_plugin.assembling import VERSIONS
+from d4m_plugin.assembling import versions
 from d4m_plugin.cache import make_writable
 from d4m_plugin.card import write_card
 from d4m_plugin.devices import default_device
@@ -151,7 +149,7 @@ def results_of(
         },
         "protocol": dataclasses.asdict(protocol)
         | {"teacher": without_folders(protocol.teacher), "features": without_folders(features)},
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in VERSIONS},
+        "versions": versions(),
         "device": default_device().type,
         "runs": runs,
         "table": table,
