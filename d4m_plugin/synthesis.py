@@ -1,7 +1,8 @@
 """Distilled images from prototypes: noised, denoised under the class's prompt, decoded (D4M, section 3.2)."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -140,18 +141,9 @@ def synthesise(
     candidates = torch.stack([make(everything, keys, batches) for keys in tries])
     kept = surest(candidates, labels, teacher) if teacher else torch.zeros_like(labels)
     images, keys = candidates[kept, everything], [tries[number][n] for n, number in enumerate(kept.tolist())]
-    blank = of_one_colour(images)
-    if blank:  # not a number somewhere, most often
-        tried = "in float32 too"
-        try:
-            with model.full_precision():
-                images[blank] = make(blank, keys, Batches(batches.size))
-        except (torch.OutOfMemoryError, InputError):  # they are worth less than all that is to come
-            tried = "and the memory does not hold the model in float32"
-        if still := of_one_colour(images):
-            named = ", ".join(sorted({repr(prompts[wanted[n][0]]) for n in still}))
-            sentence = f"{len(still)} images are of one colour, {tried}, of {named}; look at the preview."
-            warnings.warn(sentence, InputWarning, stacklevel=2)
+    if blank := of_one_colour(images):  # not a number somewhere, most often
+        again = partial(make, blank, keys, Batches(batches.size))
+        _make_in_float32(images, blank, again, model, [prompts[label] for label, _ in wanted])
     return {
         "image": images,
         "label": labels,
@@ -159,6 +151,22 @@ def synthesise(
         "weight": torch.stack([prototypes[c].weights[k] for (c, _), k in zip(wanted, indices, strict=True)]),
         "seed": torch.tensor([seed_of(recipe.seed, *key) for key in keys]),
     }
+
+
+def _make_in_float32(
+    images: Tensor, blank: list[int], again: Callable[[], Tensor], model: LatentDiffusion, prompts: Sequence[str]
+) -> None:
+    """Put what is made `again` of the `blank` images, in float32, in their place; warn where that is of no use."""
+    tried = "in float32 too"
+    try:
+        with model.full_precision():
+            images[blank] = again()
+    except (torch.OutOfMemoryError, InputError):  # they are worth less than all that is to come
+        tried = "and the memory does not hold the model in float32"
+    if still := of_one_colour(images):
+        named = ", ".join(sorted({repr(prompts[n]) for n in still}))
+        sentence = f"{len(still)} images are of one colour, {tried}, of {named}; look at the preview."
+        warnings.warn(sentence, InputWarning, stacklevel=3)
 
 
 def _denoise(
