@@ -195,12 +195,13 @@ class TeacherMatching(L.Callback):
             ) from error
 
     def _chosen(self, seen: list[tuple[str, Tensor]], pl_module: L.LightningModule, shape: tuple[int, int]) -> str:
-        found = self.student if self.student in dict(seen) else None if self.student else source_of_logits(seen)
-        if found is None:
-            if self.student is not None:
-                self._check_is_there(pl_module, self.student)
-            raise self._nothing_seen(pl_module, shape)
-        return found
+        if self.student in dict(seen):
+            return self.student
+        if self.student:
+            self._check_is_there(pl_module, self.student)
+        elif (found := source_of_logits(seen)) is not None:
+            return found
+        raise self._nothing_seen(pl_module, shape)
 
     def _nothing_seen(self, pl_module: L.LightningModule, shape: tuple[int, int]) -> InputError:
         where = f"its submodule {self.student!r}" if self.student else "it or a submodule of it"
