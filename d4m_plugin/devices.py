@@ -1,4 +1,4 @@
-"""Which device and precision to compute in, where the user has not said."""
+"""Which device and precision to compute in, where the user has not said, and how much at once."""
 
 import math
 from collections.abc import Callable

@@ -186,7 +186,8 @@ class LatentDiffusion:
             return answers[0]
 
         try:
-            with _replaced(self._denoiser, forward=answer), torch.compiler.set_stance("force_eager"):  # else, minutes
+            # Compiling would take minutes.
+            with _replaced(self._denoiser, forward=answer), torch.compiler.set_stance("force_eager"):
                 yield answers
         finally:
             self._bring([])
@@ -460,7 +461,7 @@ def _load_vae(name: str, own: Any) -> Any:
 
     try:
         vae = diffusers.AutoModel.from_pretrained(name, dtype=own.dtype, use_safetensors=True)
-    except Exception as error:  # likewise
+    except Exception as error:  # of all kinds, for a folder that is something else
         raise InputError(f"`vae` is {name!r}, which is no loadable VAE: {first_line(error)}.") from error
     theirs, ours = vae.config.get("latent_channels"), own.config.latent_channels
     if theirs != ours:

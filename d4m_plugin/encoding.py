@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d4m_plugin.devices import Batches
 from d4m_plugin.diffusion import LatentDiffusion
+from d4m_plugin.progress import Progress
 from d4m_plugin.sources import LabelledImages
 from d4m_plugin.sources.images import Resize, squares_of
 from d4m_plugin.sources.splits import members_by_label
@@ -23,7 +24,7 @@ def encode(
     resize: Resize = "crop",
     batch_size: int = 50,
     num_workers: int = 0,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield each label with the latents of all its images, float32, shape (N, C, h, w).
 
@@ -35,7 +36,7 @@ def encode(
         resize: `crop` or `squash`, for images that are not square.
         batch_size: images a pass.
         num_workers: processes that read images; the same ones for all classes.
-        progress: a tqdm bar to move on by one for each image.
+        progress: is moved on by one for each image.
     """
     members = members_by_label(images.targets)
 

@@ -1,4 +1,4 @@
-"""Distilled sets of the Hub in place of ones made here, and the other way round."""
+"""Sets of the Hub in place of ones made here: of ours, the one that suits a recipe; of other tools, any."""
 
 import dataclasses
 import warnings

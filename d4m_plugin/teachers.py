@@ -343,7 +343,7 @@ def _build(student: dict[str, Any], data: dict[str, Any], weights: dict[str, Ten
         try:
             with torch.device("meta"):
                 model = create_student(*arguments)
-        except NotImplementedError:  # as it says there
+        except NotImplementedError:  # a RegNet's, which computes its widths
             model = create_student(*arguments)
         model.load_state_dict({name: _in(torch.float32, weight) for name, weight in weights.items()}, assign=True)
         return Teacher(model, data["classes"], student["image_size"], data["mean"], data["std"])

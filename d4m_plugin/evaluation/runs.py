@@ -248,7 +248,8 @@ class Trainings:
         L.seed_everything(run.seed, verbose=False)  # after the images, whose making may draw
         data = D4MDataModule(
             self.arms.source,
-            train_on="real" if run.arm in ("real", "equal_bytes") else "random",  # how many images may be held
+            # Of "real", images are held in memory where they fit; of "random", in any case.
+            train_on="real" if run.arm in ("real", "equal_bytes") else "random",
             batch_size=protocol.batch_size,
             num_workers=self.arms.num_workers,
             image_size=judged.image_size,
