@@ -4,7 +4,7 @@ from d4m_plugin.sources.base import LabelledImages, Source
 from d4m_plugin.sources.cifar import CIFAR10, CIFAR100
 from d4m_plugin.sources.digits import Digits
 from d4m_plugin.sources.folders import ImageFolder, ImageNet, TinyImageNet
-from d4m_plugin.sources.hub import HuggingFace
+from d4m_plugin.sources.huggingface import HuggingFace
 
 __all__ = [
     "CIFAR10",
