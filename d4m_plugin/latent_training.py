@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from d4m_plugin.devices import default_device
 from d4m_plugin.errors import InputError, InputWarning, first_line
-from d4m_plugin.one_process import fit, own_trainer
+from d4m_plugin.one_process import diverged, fit, own_trainer
 from d4m_plugin.seeding import seed_of
 
 KL_WEIGHT = 1e-6  # Rombach et al., appendix G: only to keep the latents' scale bounded
@@ -188,5 +188,5 @@ def train(module: Training, steps: int, callbacks: list[L.Callback], checkpoint:
             warnings.filterwarnings("ignore", expected)  # as after a kill; no step depends on the loader
         fit(trainer, module, ckpt_path=checkpoint if _is_whole(checkpoint) else None)
     module.cpu().eval()
-    if not all(bool(each.isfinite().all()) for each in module.state_dict().values()):
+    if diverged(module):
         raise InputError("the training diverged, and its weights are no numbers; lower `vae_lr` or `unet_lr`.")

@@ -44,6 +44,11 @@ def own_trainer(max_steps: int, callbacks: Sequence[L.Callback], **options: Any)
     )
 
 
+def diverged(module: L.LightningModule) -> bool:
+    """Whether a weight of a trained module is no number."""
+    return not all(bool(each.isfinite().all()) for each in module.state_dict().values())
+
+
 def fit(trainer: L.Trainer, module: L.LightningModule, **options: Any) -> None:
     """Train; Ctrl-C, which Lightning ends the process at, stays what it is, so that the command can say what is kept.
 

@@ -29,7 +29,7 @@ from d4m_plugin.evaluation.arms import ARMS, Arm, Arms
 from d4m_plugin.loading import Held
 from d4m_plugin.models.classifier import ImageClassifier
 from d4m_plugin.models.students import create_student
-from d4m_plugin.one_process import fit, own_trainer
+from d4m_plugin.one_process import diverged, fit, own_trainer
 from d4m_plugin.progress import Progress
 from d4m_plugin.screening import check_images, fingerprint_of_tests
 from d4m_plugin.seeding import seed_of
@@ -265,9 +265,14 @@ class Trainings:
         callbacks = [TeacherMatching(teacher, compile_teacher=self.compile), curve]
         trainer = own_trainer(protocol.steps, callbacks, enable_checkpointing=False, enable_progress_bar=False)
         fit(trainer, student, datamodule=data)
-        weights = student.state_dict().values()
-        if curve.points[-1][1] is None or not all(bool(each.isfinite().all()) for each in weights):
-            return {"accuracy": None, "accuracies": None, "confusion": None, "losses": curve.points}
+        if curve.points[-1][1] is None or diverged(student):
+            found = {"accuracy": None, "accuracies": None, "confusion": None}
+        else:
+            found = self._tested(run, student, data, trainer)
+        return found | {"losses": curve.points}
+
+    def _tested(self, run: Run, student: ImageClassifier, data: D4MDataModule, trainer: L.Trainer) -> dict[str, Any]:
+        """Return what a student names of the test images, or of the slice, rightly."""
         tests = self._slice if run.choosing else self.arms.source.test()
         labels = torch.as_tensor(tests.targets, dtype=torch.int64)
         if run.choosing:
@@ -279,7 +284,6 @@ class Trainings:
             "accuracy": sum(right) / len(labels),
             "accuracies": [round(n / of, 4) if of else None for n, of in zip(right, there, strict=True)],
             "confusion": confusion.tolist() if data.num_classes <= MOST_CLASSES else None,
-            "losses": curve.points,
         }
 
     @cached_property
