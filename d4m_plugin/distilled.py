@@ -32,7 +32,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from d4m_plugin.cache import checksum
 from d4m_plugin.errors import InputError, first_line
-from d4m_plugin.hub import find_repository, is_hub_id
+from d4m_plugin.hub import fetch_set, find_repository, is_hub_id
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.record import Record, read_record
 from d4m_plugin.sources import Source
@@ -84,8 +84,8 @@ class DistilledDataset(VisionDataset):
                 repository = find_repository(str(root), revision)
             except InputError as error:
                 raise type(error)(f"{root!r} is no folder here; {error}") from error
-            chosen = _choose(repository.configs, config_name, str(root))
-            self.folder, self.revision = repository.fetch(chosen), repository.revision
+            self.revision = repository.revision
+            self.folder = fetch_set(str(root), self.revision, _choose(repository.configs, config_name, str(root)))
         else:
             folders = Path(root).glob("*/d4m.json") if Path(root).is_dir() else ()
             found = sorted(path.parent.name for path in folders)
@@ -99,6 +99,11 @@ class DistilledDataset(VisionDataset):
         self.logits: Tensor | None = None
         if "logits" in columns:
             self.logits = columns["logits"].float().view(len(self), -1)
+
+    def fetch_whole(self) -> None:
+        """Have in `folder` also what training does not need of a set of the Hub, such as its prototypes."""
+        if self.revision is not None:
+            fetch_set(str(self.root), self.revision, self.folder.name, whole=True)
 
     def push_to_hub(
         self,

@@ -39,16 +39,6 @@ class Repository:
     revision: str
     configs: list[str]
 
-    def fetch(self, config: str, whole: bool = False) -> Path:
-        """Return the folder of one of its sets, fetched or found in huggingface_hub's cache.
-
-        Args:
-            config: the set.
-            whole: fetch the prototypes too.
-        """
-        patterns = [f"{config}/*"] if whole else [f"{config}/{name}" for name in ("*.parquet", "*.json", "*.png")]
-        return _snapshot(self.repo_id, self.revision, patterns) / config
-
 
 def find_repository(repo_id: str, revision: str | None = None) -> Repository:
     """Return a dataset repository of the Hub; without a network, as much as was fetched of it.
@@ -63,6 +53,22 @@ def find_repository(repo_id: str, revision: str | None = None) -> Repository:
     """
     folder = _snapshot(repo_id, revision, ["*/d4m.json", "README.md"], tqdm_class=_Silent)
     return Repository(repo_id, folder.name, sorted(path.parent.name for path in folder.glob("*/d4m.json")))
+
+
+def fetch_set(repo_id: str, revision: str, config: str, whole: bool = False) -> Path:
+    """Return the folder of one of a repository's sets, fetched or found in huggingface_hub's cache.
+
+    Args:
+        repo_id: as user/name.
+        revision: the commit, on which the folder depends.
+        config: the set.
+        whole: fetch the prototypes too.
+
+    Raises:
+        InputError: where the Hub does not give it.
+    """
+    patterns = [f"{config}/*"] if whole else [f"{config}/{name}" for name in ("*.parquet", "*.json", "*.png")]
+    return _snapshot(repo_id, revision, patterns) / config
 
 
 def is_hub_id(name: str) -> bool:

@@ -11,7 +11,7 @@ from d4m_plugin.cache import checksum
 from d4m_plugin.card import merged_card
 from d4m_plugin.distilled import PARQUET, DistilledDataset, columns_of, shards
 from d4m_plugin.errors import InputError
-from d4m_plugin.hub import Repository, persistently
+from d4m_plugin.hub import fetch_set, persistently
 from d4m_plugin.record import Record, encoded
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,7 @@ def _check_files(dataset: DistilledDataset) -> None:
     fetched whole now, they are other people's.
     """
     folder, recorded = dataset.folder, dataset.metadata["checksums"]
-    if dataset.revision is not None:
-        Repository(str(dataset.root), dataset.revision, []).fetch(folder.name, whole=True)  # into the same folder
+    dataset.fetch_whole()
     found = {path.name: path for path in folder.iterdir() if path.name != "d4m.json"}
     if dataset.revision is not None:
         found = {name: path for name, path in found.items() if name in recorded}
@@ -134,7 +133,7 @@ def _compare(dataset: DistilledDataset, repo_id: str, commit: str, metadata: Rec
 
     config = dataset.folder.name
     sent = metadata["checksums"] | {"d4m.json": hashlib.sha256(encoded(metadata)).hexdigest()}
-    there = Repository(repo_id, commit, []).fetch(config, whole=True)
+    there = fetch_set(repo_id, commit, config, whole=True)
     found = {name: checksum(there / name) for name in sent if (there / name).is_file()}
     features = persistently(lambda: load_dataset_builder(repo_id, config, revision=commit).info.features, repo_id)
     differs = sorted(name for name in sent if sent[name] != found.get(name))

@@ -25,7 +25,6 @@ from d4m_plugin.encoding import encode
 from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.pictures import features_of
 from d4m_plugin.evaluation.sets import JudgedSet, Squares
-from d4m_plugin.hub import find_repository
 from d4m_plugin.progress import Progress
 from d4m_plugin.prototypes import Prototypes
 from d4m_plugin.recipe import Recipe, ResolvedRecipe
@@ -253,10 +252,8 @@ class Arms:
         """Those of each class."""
         dataset = self.judged.dataset
         assert dataset is not None  # or there were no recipe
-        folder = dataset.folder
-        if dataset.revision:
-            folder = find_repository(str(dataset.root), dataset.revision).fetch(folder.name, whole=True)
-        file = folder / "prototypes.safetensors"
+        dataset.fetch_whole()
+        file = dataset.folder / "prototypes.safetensors"
         if not file.exists():
             raise InputError(f"{str(file)!r} is missing, which the arms `nearest` and `decoded` need; leave them out.")
         return read_prototypes(file, dataset.recipe, len(dataset.classes))
