@@ -20,7 +20,7 @@ from d4m_plugin.errors import InputError
 from d4m_plugin.evaluation.arms import Arms
 from d4m_plugin.evaluation.figures import new_figure
 from d4m_plugin.evaluation.report import write_csv
-from d4m_plugin.evaluation.runs import Labels, Protocol, Training, Trainings, called, steps_of, trained
+from d4m_plugin.evaluation.runs import Labels, Protocol, Row, Training, Trainings, called, steps_of, trained
 from d4m_plugin.evaluation.sets import ours
 from d4m_plugin.evaluation.verdict import gain_of, interval, points_of
 from d4m_plugin.models.students import create_student
@@ -116,19 +116,13 @@ def sweep(
     if unknown := [name for name in recipe or {} if name not in known]:
         raise InputError(f"`recipe` has {unknown[0]!r}; it takes other options of the Recipe than those given here.")
     settings: list[Setting] = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-    recipes = []
-    for setting in settings:
-        options = {"ipc": ipc, **(recipe or {}), **setting}
-        if options.get("oversample", 1) > 1:
-            options.setdefault("teacher", teacher)
-        recipes.append(Recipe(**options))
-    steps = steps_of(budget, ipc * len(source.classes), batch_size)
+    recipes = [_recipe_of({"ipc": ipc, **(recipe or {}), **setting}, teacher) for setting in settings]
     protocol = Protocol(
         arms=(),
         labels=labels,
         students=(student,),
         seeds=1,
-        steps=steps,
+        steps=steps_of(budget, ipc * len(source.classes), batch_size),
         batch_size=batch_size,
         learning_rates=(lr,),
         teacher=teacher,
@@ -139,10 +133,9 @@ def sweep(
         tried_teacher(teacher, source, cache_dir, default_device())
     random_subset(source, ipc, seed=0)  # whether there are as many
     samples: list[Tensor] = []
-    accuracies: dict[tuple[int, Labels], list[float]] = {}
-    of_random: dict[Labels, list[float]] = {}
+    found: list[tuple[int, Row]] = []  # each with the number of its setting
     for seed in range(seeds):
-        trainings: list[tuple[int, Training]] = []  # each with the number of its setting
+        trainings: list[tuple[int, Training]] = []  # likewise
         for number, each in enumerate(recipes):
             made = distill(
                 source,
@@ -158,29 +151,44 @@ def sweep(
             of_set = Trainings(arms, protocol, output / "runs", compile)
             trainings += [(number, training) for training in of_set.of_seeds([seed])]
         runs = trained([training for _, training in trainings])
-        for (number, _), run in zip(trainings, runs, strict=True):
+        for run in runs:
             if run["accuracy"] is None:
                 raise InputError(
                     f"`lr` is {lr:g}, under which a training diverged ({run['arm']}, {run['labels']} labels, seed "
                     f"{seed}); lower it."
                 )
-            if run["arm"] == "distilled":
-                accuracies.setdefault((number, run["labels"]), []).append(run["accuracy"])
-            elif number == 0:
-                of_random.setdefault(run["labels"], []).append(run["accuracy"])
+        found += zip([number for number, _ in trainings], runs, strict=True)
     if not is_first():
         return {}
-    test_images = len(source.test())
-    rows = [
-        settings[number] | {"labels": kind} | setting_row(found, accuracies[0, kind], of_random[kind], test_images)
-        for (number, kind), found in accuracies.items()
-    ]
+    rows = _rows_of(found, settings, len(source.test()))
     write_csv(output / "sweep.csv", rows)
     _draw(rows, list(varied), source.name, output / "sweep.png")
     named = [", ".join(f"{value:g}" for value in setting.values()) for setting in settings]
     grid(samples, named).save(output / "samples.png")
     lines = {_named(row, varied) + f", {row['labels']} labels": _shown(row) for row in rows}
     return lines | {"figures": output.resolve() / "sweep.png", "samples": output.resolve() / "samples.png"}
+
+
+def _recipe_of(options: dict[str, Any], teacher: str) -> Recipe:
+    """Return a setting's recipe; where nobody else is named to choose among tries, the teacher does."""
+    chooser = {"teacher": teacher} if options.get("oversample", 1) > 1 else {}
+    return Recipe(**chooser | options)
+
+
+def _rows_of(found: Sequence[tuple[int, Row]], settings: Sequence[Setting], test_images: int) -> list[dict[str, Any]]:
+    """Return a row for each setting and kind of labels, from trainings of which none diverged, seed by seed."""
+    accuracies: dict[tuple[int, Labels], list[float]] = {}
+    of_random: dict[Labels, list[float]] = {}  # of the first setting, as they are the same of all
+    for number, run in found:
+        assert run["accuracy"] is not None
+        if run["arm"] == "distilled":
+            accuracies.setdefault((number, run["labels"]), []).append(run["accuracy"])
+        elif number == 0:
+            of_random.setdefault(run["labels"], []).append(run["accuracy"])
+    return [
+        settings[number] | {"labels": kind} | setting_row(own, accuracies[0, kind], of_random[kind], test_images)
+        for (number, kind), own in accuracies.items()
+    ]
 
 
 def setting_row(found: list[float], of_first: list[float], of_random: list[float], test_images: int) -> dict[str, Any]:
