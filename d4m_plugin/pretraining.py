@@ -185,12 +185,7 @@ def pretrain(
         if pipeline is None:
             L.seed_everything(seed, verbose=False)
             vae = _new_vae(image_size, vae_channels)
-            if (trained := _read(work / "vae.safetensors")) is None:
-                module = AutoencoderTraining(vae, images, batch_size, vae_lr, seed)
-                train(module, vae_steps, [RunProgress("VAE")], work / "vae.ckpt", compile)
-                save_tensors(work / "vae.safetensors", vae.state_dict())
-            else:
-                vae.load_state_dict(trained)
+            _train_vae(AutoencoderTraining(vae, images, batch_size, vae_lr, seed), vae_steps, work, compile)
             sample = images[:: max(1, len(images) // SCALE_SAMPLE)]
             vae.register_to_config(scaling_factor=round(1 / _latents(vae, sample, batch_size).std().item(), 5))
             L.seed_everything(seed, verbose=False)
@@ -215,15 +210,18 @@ def pretrain(
     return output
 
 
-def _read(file: Path) -> dict[str, Tensor] | None:
-    """Return trained weights; None where there are none, or not all."""
+def _train_vae(training: AutoencoderTraining, steps: int, work: Path, compile: bool) -> None:
+    """Train a VAE, once: its weights are kept in `work`."""
+    trained = work / "vae.safetensors"
     try:
-        return load_tensors(file)
+        training.vae.load_state_dict(load_tensors(trained))
+        return
     except FileNotFoundError:
-        return None
+        pass
     except DamagedError as error:
-        warnings.warn(f"{error} They are trained again.", InputWarning, stacklevel=2)
-        return None
+        warnings.warn(f"{error} The VAE is trained again.", InputWarning, stacklevel=2)
+    train(training, steps, [RunProgress("VAE")], work / "vae.ckpt", compile)
+    save_tensors(trained, training.vae.state_dict())
 
 
 def _check_sizes(image_size: int, vae_channels: Sequence[int], unet_channels: Sequence[int]) -> None:
