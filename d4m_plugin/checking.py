@@ -37,6 +37,17 @@ def check_least(least: int, /, **options: float | None) -> None:
             raise InputError(f"`{name}` is {value}; it must be at least {least}.")
 
 
+def check_above_zero(**options: float) -> None:
+    """Refuse numbers that are not above zero, by the options' names.
+
+    Raises:
+        InputError: where there is one.
+    """
+    for name, value in options.items():
+        if not value > 0:
+            raise InputError(f"`{name}` is {value}; it must be above 0.")
+
+
 def fault_of(value: Any, expected: Any, name: str) -> str | None:
     """Return what is wrong with a value and what would be right; None where it is as expected.
 

@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 
 from d4m_plugin.cache import digest, make_writable, resolve_cache_dir
 from d4m_plugin.callbacks import RunProgress
-from d4m_plugin.checking import check_least
+from d4m_plugin.checking import check_above_zero, check_least
 from d4m_plugin.devices import autocast, compute_dtype, default_device
 from d4m_plugin.diffusion import LatentDiffusion, model_digest
 from d4m_plugin.errors import InputError, InputWarning
@@ -151,9 +151,7 @@ def pretrain(
     check_least(1, vae_steps=vae_steps, unet_steps=unet_steps, batch_size=batch_size, image_size=image_size)
     if not 0 <= seed < 2**32:
         raise InputError(f"`seed` is {seed}; it must be at least 0 and below 2^32.")
-    for name, rate in (("vae_lr", vae_lr), ("unet_lr", unet_lr)):
-        if not rate > 0:
-            raise InputError(f"`{name}` is {rate}; it must be above 0.")
+    check_above_zero(vae_lr=vae_lr, unet_lr=unet_lr)
     if output.exists():
         raise InputError(f"`output` is {str(output)!r}, which exists; name a new folder or remove it.")
     pipeline = _opened(start_from) if start_from else None

@@ -12,7 +12,7 @@ from scipy.stats import ttest_ind_from_stats
 from torch import Tensor
 
 from d4m_plugin.cache import make_writable
-from d4m_plugin.checking import check_least
+from d4m_plugin.checking import check_above_zero, check_least
 from d4m_plugin.devices import default_device
 from d4m_plugin.distillation import BLOCK, distill
 from d4m_plugin.distilled import DistilledDataset
@@ -97,8 +97,7 @@ def sweep(
         InputError: where an option cannot work, no option has values, or a training diverges.
     """
     check_least(1, seeds=seeds, batch_size=batch_size, distill_batch_size=distill_batch_size)
-    if not lr > 0:
-        raise InputError(f"`lr` is {lr}; it must be above 0.")
+    check_above_zero(lr=lr)
     source = readable_source(source, skip_bad_images, cache_dir, num_workers)
     teacher = called(teacher, source)
     given: dict[str, Sequence[Any]] = {

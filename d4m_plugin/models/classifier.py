@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from d4m_plugin.checking import check_least
+from d4m_plugin.checking import check_above_zero, check_least
 from d4m_plugin.errors import InputError
 from d4m_plugin.models.students import create_student
 
@@ -44,8 +44,7 @@ class ImageClassifier(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        if lr <= 0:
-            raise InputError(f"`lr` is {lr}; it must be above 0.")
+        check_above_zero(lr=lr)
         check_least(1, lr_smoothing=lr_smoothing)
         self.save_hyperparameters()
         self.lr, self.lr_smoothing, self.weight_decay = lr, lr_smoothing, weight_decay
