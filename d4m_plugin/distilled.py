@@ -373,7 +373,7 @@ def columns_of(classes: list[str], with_logits: bool = False) -> Any:
     return Features(columns)
 
 
-def write_parquet(folder: Path, classes: list[str], blocks: Iterable[dict[str, Tensor]], most: int = SHARD) -> None:
+def write_parquet(folder: Path, classes: list[str], blocks: Iterable[dict[str, Tensor]]) -> None:
     """Write a set's images as parquet that `datasets.load_dataset` reads, holding one block in memory at a time.
 
     Args:
@@ -381,7 +381,6 @@ def write_parquet(folder: Path, classes: list[str], blocks: Iterable[dict[str, T
         classes: the class names.
         blocks: columns of a few images each, as `with_png` returns them: of `label`, `prototype`, `weight` and `seed`,
             shape (n,), too.
-        most: bytes of a file.
     """
     schema = columns_of(classes).arrow_schema
     writer, room = None, 0
@@ -396,7 +395,7 @@ def write_parquet(folder: Path, classes: list[str], blocks: Iterable[dict[str, T
             if writer:
                 writer.close()
             written.append(folder / f"{len(written):05d}.parquet")
-            writer, room = pq.ParquetWriter(written[-1], schema), most
+            writer, room = pq.ParquetWriter(written[-1], schema), SHARD
         writer.write_table(table)
         room -= table.nbytes  # PNGs do not shrink
     if writer:

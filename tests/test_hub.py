@@ -570,7 +570,7 @@ print(json.dumps([fit("--data.hub_id", "you/theirs"), data.training_set.targets]
     assert (status, targets) == (0, [0, 1, 2])
 
 
-def test_a_large_set_is_written_in_shards(tmp_path, squares):
+def test_a_large_set_is_written_in_shards(tmp_path, squares, monkeypatch):
     made = distill(squares, Recipe(ipc=4, num_inference_steps=2), output=tmp_path / "set")
     (whole,) = made.folder.glob("*.parquet")
     import torch
@@ -586,7 +586,8 @@ def test_a_large_set_is_written_in_shards(tmp_path, squares):
         for rows in (slice(0, 5), slice(5, 10), slice(10, 12))
     ]
     whole.unlink()
-    write_parquet(made.folder, made.classes, map(with_png, blocks), most=1)
+    monkeypatch.setattr("d4m_plugin.distilled.SHARD", 1)
+    write_parquet(made.folder, made.classes, map(with_png, blocks))
     assert [path.name for path in sorted(made.folder.glob("*.parquet"))] == [
         f"train-0000{number}-of-00003.parquet" for number in (0, 1, 2)
     ]
