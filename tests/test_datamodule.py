@@ -283,3 +283,22 @@ def test_the_flip_follows_the_source():
     assert D4MDataModule().flip is False  # digits
     assert D4MDataModule(Squares()).flip is True
     assert D4MDataModule(Squares(), flip=False).flip is False
+
+
+def test_the_loader_mirrors_nothing_where_it_may_not(tmp_path):
+    half = Image.new("RGB", (40, 20))
+    half.paste("white", (0, 0, 20, 20))
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / place).mkdir(parents=True)
+        half.save(tmp_path / place / "half.png")
+    data = D4MDataModule(ImageFolder(tmp_path), train_on="real", crop_scale=(1.0, 1.0), flip=False)
+    for _ in range(10):
+        ((images, _),) = data.train_dataloader()
+        assert (images[..., 0] > images[..., -1]).all()
+
+
+def test_each_class_is_drawn_as_often_as_any_whatever_its_prototypes(squares):
+    data = D4MDataModule(squares, weighting="share", ipc=3, num_inference_steps=2)
+    data.distilled.weights[:3] = 1.0  # as of a class of one prototype
+    weights = data._sampler(data._held_training_set).weights
+    torch.testing.assert_close(weights.view(3, 3).sum(1), torch.ones(3).double())

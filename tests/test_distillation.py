@@ -853,3 +853,11 @@ def test_a_source_may_be_told_what_json_cannot_hold(random_pipeline, monkeypatch
         "folders": ["photos"],
         "anything": "<object>",
     }
+
+
+def test_kept_latents_are_of_one_revision(squares, random_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(synthesis, "LatentDiffusion", lambda *_, **__: random_model)
+    for revision in ("v1", "v2"):
+        recipe = Recipe(ipc=1, num_inference_steps=2, diffusion="me/model", diffusion_revision=revision)
+        distill(squares, recipe, cache_dir=tmp_path, keep_latents=True)
+    assert len(list((tmp_path / "latents").iterdir())) == 2

@@ -1023,3 +1023,44 @@ def test_ctrl_c_in_a_training_is_no_end_without_a_word(arms, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         results(arms, protocol(), tmp_path / "runs")
     assert not list((tmp_path / "runs").glob("*.json"))
+
+
+def test_random_images_are_drawn_anew_for_each_seed(arms, tmp_path, monkeypatch):
+    asked, images = [], Arms.images
+    monkeypatch.setattr(Arms, "images", lambda self, arm, seed: asked.append((arm, seed)) or images(self, arm, seed))
+    results(arms, protocol(steps=1), tmp_path / "runs")
+    assert sorted(asked) == [("distilled", 0), ("distilled", 1), ("random", 0), ("random", 1)]
+
+
+def test_a_sweep_makes_a_set_for_each_seed(squares, tmp_path):
+    options = {"ipc": 2, "recipe": {"num_inference_steps": 4}, "labels": ("hard",), "seeds": 2, "budget": 1}
+    sweep(squares, tmp_path / "sweep", (0.5, 1.0), batch_size=4, **options)
+    made = Path(os.environ["D4M_CACHE"]).glob("sets/*/*/d4m.json")
+    assert sorted(json.loads(each.read_text())["recipe"]["seed"] for each in made) == [0, 0, 1, 1]
+
+
+def test_generated_images_start_from_noise_whatever_the_sets_strength(squares, tmp_path):
+    generated = []
+    for strength in (0.5, 1.0):
+        recipe = Recipe(ipc=2, num_inference_steps=4, strength=strength)
+        made = distill(squares, recipe, output=tmp_path / f"{strength}")
+        generated.append(pixels_of(Arms(ours(made, squares), squares, squares.diffusion).images("generated", 0)))
+    assert torch.equal(*generated)
+
+
+def test_an_arm_of_which_one_seed_diverged_is_not_compared():
+    (_, row) = table_of(runs_of([0.5, None, 0.5], [0.4, 0.4, 0.4]), COUNTS, 1000)
+    assert (row["verdict"], row["difference"]) == ("diverged", None)
+
+
+@pytest.mark.parametrize(("name", "value"), [("mean", (0.1,) * 3), ("flip", False)])
+def test_what_students_see_and_the_version_decide_a_training(arms, tmp_path, monkeypatch, name, value):
+    def files():
+        return {each.file for each in Trainings(arms, protocol(), tmp_path / "runs").of_seeds()}
+
+    first = files()
+    with monkeypatch.context() as patch:
+        patch.setattr(Squares, name, value)
+        assert files().isdisjoint(first)
+    monkeypatch.setattr("d4m_plugin.evaluation.runs.version", lambda _: "99")
+    assert files().isdisjoint(first)

@@ -104,3 +104,12 @@ def test_an_unmixed_batch_keeps_images_and_labels(batch):
     mixed = unmixed(batch)
     assert torch.equal(mixed.images, batch)
     assert torch.equal(mixed.values(torch.arange(8.0)), torch.arange(8.0))
+
+
+def test_mixups_shares_are_uniform_and_its_images_another_order():
+    torch.manual_seed(0)
+    draws = [mixup(torch.arange(8.0).view(8, 1, 1, 1)) for _ in range(500)]
+    shares = torch.tensor([each.share for each in draws])
+    assert shares.mean() == pytest.approx(1 / 2, abs=0.05)
+    assert shares.std() == pytest.approx((1 / 12) ** 0.5, abs=0.02)
+    assert sum(torch.equal(each.permutation, torch.arange(8)) for each in draws) < 5

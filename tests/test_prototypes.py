@@ -118,3 +118,12 @@ def test_as_many_prototypes_as_asked_for_where_there_are_as_many_different_laten
     twice = torch.cat([latents, latents])
     assert [len(cluster(twice, k, seed=0).latents) for k in (3, 12)] == [3, 12]
     assert 12 <= len(cluster(twice, 20, seed=0).latents) < 20  # no two prototypes of one latent, but for rounding
+
+
+def test_sketches_of_columns_of_latents_as_wide_as_stable_diffusions():
+    column = torch.zeros(4, 64, 64)
+    column[:, :, 7:9] = torch.randn(4, 64, 2, generator=generator_of(4))
+    points = torch.stack([column, torch.zeros(4, 64, 64)]).flatten(1)
+    found = [_sketched(points.numpy(), np.random.RandomState(seed)) for seed in range(30)]
+    factors = np.array([((a - b) ** 2).sum() for a, b in found]) / float(column.square().sum())
+    assert factors.std() < 0.2

@@ -9,6 +9,7 @@ from PIL import Image
 from d4m_plugin import D4MDataModule, HuggingFace, ImageClassifier, ImageFolder, InputError, Recipe, distill
 from d4m_plugin.errors import InputWarning
 from d4m_plugin.screening import readable_source
+from d4m_plugin.subsets import random_subset
 from tests.toys import Squares
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* cannot be read and are left out")
@@ -199,3 +200,11 @@ def test_a_damaged_list_is_told_and_the_images_are_checked_again(folder, tmp_pat
     file.write_bytes(content)
     with pytest.warns(InputWarning, match=r"The images are checked again\."):
         assert readable_source(ImageFolder(folder), True, tmp_path / "cache", 0).skipped == source.skipped
+
+
+def test_a_random_draw_says_nothing_of_the_other_images(folder):
+    source, bad = ImageFolder(folder), {3, 14, 15}
+    seed = next(s for s in range(99) if not bad & set(random_subset(source, 2, s).indices.tolist()))
+    assert len(D4MDataModule(source, train_on="random", ipc=2, seed=seed).training_set) == 4
+    with pytest.raises(InputError, match="3 of 20"):
+        _ = D4MDataModule(source, train_on="real").training_set

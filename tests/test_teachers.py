@@ -380,3 +380,10 @@ def test_a_teacher_in_a_file_or_folder_is_told_by_what_it_holds(tmp_path, monkey
     assert not {*before} & {teacher_digest(name) for name in names}
     assert before[0] == before[1]
     assert [teacher_digest(name) for name in ("auto", "torchvision:resnet18")] == ["auto", "torchvision:resnet18"]
+
+
+def test_a_teacher_of_other_images_is_another(monkeypatch, tmp_path):
+    monkeypatch.setattr("d4m_plugin.teaching.LEAST_STEPS", 2)
+    for per_class in (6, 5):
+        load_teacher("auto", Squares(per_class), tmp_path)
+    assert len(list((tmp_path / "teachers").glob("squares-*.safetensors"))) == 2
