@@ -136,10 +136,10 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run, mo
     on_two = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--ckpt_path", rows["checkpoint"]]
     assert "predict writes one file: use 1" in run("predict", *on_two)[2]  # half the labels would lack
     with open(table_of(out)["predictions"]) as file:
-        rows = list(csv.DictReader(file))
-    predicted = [int(row["label"]) for row in rows]
-    right = [row["label"] == row["true label"] for row in rows]
-    assert [int(row["true label"]) for row in rows] == list(Digits().test().targets)
+        of_images = list(csv.DictReader(file))
+    predicted = [int(row["label"]) for row in of_images]
+    right = [row["label"] == row["true label"] for row in of_images]
+    assert [int(row["true label"]) for row in of_images] == list(Digits().test().targets)
     assert sum(right) / 500 == pytest.approx(accuracy, abs=1e-4)
 
     monkeypatch.setattr(ImageClassifier, "predict_step", lambda self, batch, at: self(batch[0]))
