@@ -173,4 +173,6 @@ def test_the_natural_size_is_the_median_shorter_edge_up_to_224():
 @pytest.mark.parametrize("chosen", [None, [100, 3, 3], []])
 def test_processes_read_the_same_squares(chosen):
     images = Squares(per_class=40).train()
+    before = torch.get_rng_state()
     assert torch.equal(squares_of(images, 8, chosen=chosen, num_workers=2), squares_of(images, 8, chosen=chosen))
+    assert torch.equal(torch.get_rng_state(), before)  # a training may go on with it

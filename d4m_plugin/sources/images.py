@@ -139,7 +139,9 @@ def squares_of(
     squares = np.empty((len(chosen), 3, size, size), np.uint8)
     if num_workers:
         parts: Any = [chosen[start : start + READ_AT_ONCE] for start in range(0, len(chosen), READ_AT_ONCE)]
-        loader = DataLoader(_Squaring(images, size, resize), None, sampler=parts, num_workers=num_workers)
+        own = torch.Generator()  # the loader draws from it, and would from the one that training goes on with
+        read = _Squaring(images, size, resize)
+        loader = DataLoader(read, None, sampler=parts, num_workers=num_workers, generator=own)
         for number, part in enumerate(loader):
             squares[number * READ_AT_ONCE :][: len(part)] = part
         return torch.from_numpy(squares)
