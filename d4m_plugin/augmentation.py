@@ -54,7 +54,8 @@ def resize_boxes(images: Tensor, boxes: Boxes, mirrored: Tensor) -> Tensor:
     down = _positions(images.shape[-2], boxes.top, boxes.height)
     right = _positions(images.shape[-1], boxes.left, boxes.width)
     right = torch.where(mirrored[:, None], right.flip(1), right)
-    down, right = down.to(images), right.to(images)  # before they are made a grid, many times as large
+    # Before they are made a grid, many times as large.
+    down, right = (each.to(images, non_blocking=True) for each in (down, right))
     rows, columns = torch.broadcast_tensors(down[:, :, None], right[:, None, :])
     return F.grid_sample(images, torch.stack([columns, rows], dim=-1), align_corners=False)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
+from types import FrameType
 from typing import Any, NoReturn
 
 from d4m_plugin.cache import refusal_of
@@ -64,8 +65,8 @@ def _sentence_of(error: Exception) -> str | None:
     if type(error).__name__ == "MisconfigurationException" or several:  # Lightning's for options that cannot work
         return str(error)
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    reading = any(frame.f_globals["__name__"] == "torch.serialization" for frame in frames)
-    if reading and isinstance(error, UnpicklingError | EOFError | RuntimeError):  # of a checkpoint
+    cut_off = isinstance(error, EOFError) or str(error).startswith("PytorchStreamReader")
+    if isinstance(error, UnpicklingError) or (cut_off and any(_is_torchs_load(frame) for frame in frames)):
         return "the checkpoint is damaged, or holds more than tensors: it is not read, since that could run code."
     restoring = any(frame.f_code.co_name == "restore_model" for frame in frames)
     if restoring and str(error).startswith("Error(s) in loading state_dict"):  # a module may load others of its own
@@ -74,6 +75,10 @@ def _sentence_of(error: Exception) -> str | None:
         return refusal
     cause = _input_error(error)
     return None if cause is None else str(cause).rpartition("InputError: ")[2]  # a loader's worker sends its traceback
+
+
+def _is_torchs_load(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "load" and frame.f_globals.get("__name__") == "torch.serialization"
 
 
 def _in_one_line(

@@ -244,7 +244,7 @@ def make_prototypes(
     def not_encoded(labels: Iterable[int]) -> Iterator[int]:
         for label in labels:
             started = time.perf_counter()
-            latents = _read_latents(_latents_file(kept, label))
+            latents = _read_latents(_latents_file(kept, label), remove_damaged=keep_latents)
             if latents is None:
                 yield label
             else:
@@ -253,6 +253,7 @@ def make_prototypes(
     with (
         Progress("Encoding", sum(counts.values())) as progress,
         Units(work, sizes, load_tensors, progress) as classes,
+        beside,
     ):
         for free in classes.rounds():
             started = time.perf_counter()
@@ -267,6 +268,17 @@ class _Beside:
 
     def __init__(self) -> None:
         self._in_hand: Future[None] | None = None
+
+    def __enter__(self) -> "_Beside":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Wait for what is in hand; its error is told where there is no other."""
+        try:
+            self.wait()
+        except BaseException:
+            if kind is None:
+                raise
 
     def run(self, work: Callable[[], None]) -> None:
         """Begin a piece of work once the one before it is done."""
@@ -288,7 +300,7 @@ class _Beside:
             self._in_hand.result()
 
 
-def _read_latents(file: Path) -> Tensor | None:
+def _read_latents(file: Path, remove_damaged: bool) -> Tensor | None:
     """Return the latents of a class, None where they are not kept whole."""
     try:
         return load_tensors(file)["latents"]
@@ -296,7 +308,8 @@ def _read_latents(file: Path) -> Tensor | None:
         return None
     except DamagedError as error:
         warnings.warn(f"{error} The class is encoded again.", InputWarning, stacklevel=2)
-        file.unlink(missing_ok=True)
+        if remove_damaged:
+            file.unlink(missing_ok=True)
         return None
 
 
@@ -312,13 +325,17 @@ def make_images(
     wanted = [(label, index) for label in range(len(prompts)) for index in range(recipe.ipc)]
     files = block_files(work, recipe, len(prompts))
     blocks = {file.name: wanted[n * BLOCK : (n + 1) * BLOCK] for n, file in enumerate(files)}
-    batches, beside = Batches(batch_size), _Beside()
+    batches = Batches(batch_size)
     sizes = {name: len(block) for name, block in blocks.items()}
 
     def finish(name: str, columns: dict[str, Tensor], seconds: float) -> None:
         save_tensors(work / name, with_png(columns), synthesise=seconds)
 
-    with Progress("Synthesising", len(wanted)) as progress, Units(work, sizes, load_tensors, progress) as units:
+    with (
+        Progress("Synthesising", len(wanted)) as progress,
+        Units(work, sizes, load_tensors, progress) as units,
+        _Beside() as beside,
+    ):
         for free in units.rounds():
             for name in free:
                 started = time.perf_counter()

@@ -247,8 +247,9 @@ class D4MCLI(LightningCLI):
             return
         path, labels = Path(self.trainer.log_dir or ".") / "predictions.csv", torch.cat(predicted).tolist()
         images = self.datamodule.source.test()
-        images_names = [os.fsdecode(key) for key in getattr(images, "keys", [b""] * len(images))]
-        rows = zip(images_names, labels, images.targets, strict=True)
+        keys = getattr(images, "keys", None)
+        known_by = list(map(os.fsdecode, keys)) if isinstance(keys, list) else [""] * len(images)  # of other sources
+        rows = zip(known_by, labels, images.targets, strict=False)  # a trial run predicts the first few
         with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(("index", "image", "label", "class", "true label"))

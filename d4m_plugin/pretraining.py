@@ -38,7 +38,6 @@ from d4m_plugin.units import DamagedError, in_turn, load_tensors, save_tensors
 LATENT_CHANNELS = 4  # what diffusers' image-to-image pipelines take as latents (SD and SDXL)
 TEXT_LENGTH = 77  # tokens, CLIP's own
 SCALE_SAMPLE = 5000  # images by which the latents' scale is measured
-READ_AT_ONCE = 1000  # images between two looks at the progress
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -76,12 +75,8 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor
 
 def _pixels(images: LabelledImages, size: int, num_workers: int) -> Tensor:
     """Return images, uint8 (N, 3, size, size)."""
-    pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     with Progress("Reading", len(images)) as progress:
-        for part in torch.arange(len(images)).split(READ_AT_ONCE):
-            pixels[part] = squares_of(images, size, chosen=part.tolist(), num_workers=num_workers)
-            progress.update(len(part))
-    return pixels
+        return squares_of(images, size, num_workers=num_workers, progress=progress)
 
 
 @torch.no_grad()
@@ -135,7 +130,7 @@ def pretrain(
         start_from: a pipeline that this command made (a folder, `digits` or `cifar10`), whose U-Net and text encoder go
             on learning; its VAE and image size stay as they are, and the options of channels and VAE do nothing.
         seed: decides the initial weights, the batches and the noise.
-        num_workers: processes that read the images in the first pass, which finds those that cannot be read.
+        num_workers: processes that read the images.
         skip_bad_images: leave out images that cannot be read; by default they stop the work.
         cache_dir: where what the first pass found is kept; by default $D4M_CACHE, else d4m in $XDG_CACHE_HOME or
             ~/.cache.
@@ -152,8 +147,7 @@ def pretrain(
     if not 0 <= seed < 2**32:
         raise InputError(f"`seed` is {seed}; it must be at least 0 and below 2^32.")
     check_above_zero(vae_lr=vae_lr, unet_lr=unet_lr)
-    if output.exists():
-        raise InputError(f"`output` is {str(output)!r}, which exists; name a new folder or remove it.")
+    _check_is_new(output)
     pipeline = _opened(start_from) if start_from else None
     own_size = pipeline.vae.config.sample_size if pipeline else source.image_size
     image_size = image_size or own_size
@@ -172,10 +166,11 @@ def pretrain(
     decides = [source.fingerprint, list(source.classes), source.flip, *options, start, seed]
     partial = output.with_name(f"{output.name}.partial")
     work = partial / digest(decides)[:12]
-    with in_turn(output.with_name(f".{output.name}"), "trains the same pipeline"):
-        if output.exists():
+    work.mkdir(parents=True, exist_ok=True)
+    with in_turn(output.with_name(f".{output.name}"), f"trains {str(output)!r}"):
+        if output.exists() and not work.exists():  # made by the same options meanwhile
             return output
-        work.mkdir(parents=True, exist_ok=True)
+        _check_is_new(output)
         images = _pixels(train_images, image_size, num_workers)
         labels = torch.as_tensor(train_images.targets, dtype=torch.int64)
         if source.flip:
@@ -220,6 +215,11 @@ def _train_vae(training: AutoencoderTraining, steps: int, work: Path, compile: b
         warnings.warn(f"{error} The VAE is trained again.", InputWarning, stacklevel=2)
     train(training, steps, [RunProgress("VAE")], work / "vae.ckpt", compile)
     save_tensors(trained, training.vae.state_dict())
+
+
+def _check_is_new(output: Path) -> None:
+    if output.exists():
+        raise InputError(f"`output` is {str(output)!r}, which exists; name a new folder or remove it.")
 
 
 def _check_sizes(image_size: int, vae_channels: Sequence[int], unet_channels: Sequence[int]) -> None:

@@ -64,7 +64,7 @@ def relabel(
 
 
 def _write(dataset: DistilledDataset, logits: Tensor, labels: LabelsRecord) -> None:
-    """Put logits in a set's files; all are written before the first takes its place, and none is then of two kinds."""
+    """Put logits in a set's files; all are written aside before the first takes its place."""
     record, files = read_record(dataset.folder), shards(dataset.folder)
     record.pop("labels", None)
     schema, start = columns_of(dataset.classes, with_logits=True).arrow_schema, 0

@@ -223,7 +223,7 @@ def load_json(path: Path, expected: type[T]) -> T:
 
     Args:
         path: the file.
-        expected: what the mapping must be, a TypedDict as for `fault_of`.
+        expected: what the mapping must be, as for `fault_of`.
 
     Raises:
         FileNotFoundError: where there is no such file.

@@ -170,9 +170,10 @@ def test_the_natural_size_is_the_median_shorter_edge_up_to_224():
     assert natural_size(images(500, 600)) == 224
 
 
-@pytest.mark.parametrize("chosen", [None, [100, 3, 3], []])
-def test_processes_read_the_same_squares(chosen):
+@pytest.mark.parametrize("chosen", [None, [100, 3, 3, 2, 1], []])
+def test_processes_read_the_same_squares(chosen, monkeypatch):
     images = Squares(per_class=40).train()
+    monkeypatch.setattr("d4m_plugin.sources.images.READ_AT_ONCE", 2)
     before = torch.get_rng_state()
     assert torch.equal(squares_of(images, 8, chosen=chosen, num_workers=2), squares_of(images, 8, chosen=chosen))
     assert torch.equal(torch.get_rng_state(), before)  # a training may go on with it

@@ -2,6 +2,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -336,3 +337,14 @@ def test_of_two_commands_for_one_output_one_trains_and_the_other_takes_it(tmp_pa
         assert pretrain(Squares(), tmp_path / "made", **SMALL) == first.result() == tmp_path / "made"
     assert len(trained) == 2  # VAE and U-Net
     assert {path.name for path in tmp_path.iterdir()} == {"made", ".made.lock"}
+
+
+def test_a_command_of_other_options_does_not_take_what_was_made_meanwhile(tmp_path, monkeypatch):
+    @contextmanager
+    def meanwhile(*_):
+        (tmp_path / "made").mkdir()
+        yield
+
+    monkeypatch.setattr(pretraining, "in_turn", meanwhile)
+    with pytest.raises(InputError, match=r"`output` is .*made', which exists"):
+        pretrain(Squares(), tmp_path / "made", **SMALL)

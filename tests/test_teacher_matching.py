@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import lightning as L
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -597,25 +598,32 @@ def test_a_modules_own_hook_sees_no_stored_logits_and_may_add_to_the_batch(
     assert all(images == mean for images, mean in seen)
 
 
-def test_a_set_whose_labelling_was_cut_off_has_no_stored_logits(teacher, squares, tmp_path, monkeypatch):
+def test_a_set_whose_labelling_was_cut_off_is_as_it_was_or_has_no_stored_logits(
+    teacher, squares, tmp_path, monkeypatch
+):
     monkeypatch.setattr("d4m_plugin.teachers.load_teacher", lambda *_: teacher)
+    monkeypatch.setattr("d4m_plugin.distilled.SHARD", 1)
+    monkeypatch.setattr("d4m_plugin.distillation.BLOCK", 2)
     distill(squares, Recipe(ipc=2, num_inference_steps=2), output=tmp_path / "set")
     relabel(tmp_path / "set", squares)
-
     before = {path.name: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()}
+    write, written = pq.write_table, []
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    def killed_at_the_third(*arguments):
+        written.append(arguments)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        write(*arguments)
 
-    def labelled_till(part):
-        with monkeypatch.context() as patch:
-            patch.setattr(part, killed)
-            with pytest.raises(KeyboardInterrupt):
-                relabel(tmp_path / "set", squares)
-
-    labelled_till("d4m_plugin.relabelling.pq.write_table")  # all as it was
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.name in before}
-    labelled_till("d4m_plugin.relabelling.checksum")
+    with monkeypatch.context() as patch:
+        patch.setattr("d4m_plugin.relabelling.pq.write_table", killed_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            relabel(tmp_path / "set", squares)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr("d4m_plugin.relabelling.checksum", None)
+        with pytest.raises(TypeError):
+            relabel(tmp_path / "set", squares)
     assert DistilledDataset(tmp_path / "set").logits is None
     assert relabel(tmp_path / "set", squares).logits is not None
 
@@ -658,8 +666,28 @@ def test_a_step_that_fails_by_itself_is_told_before_the_long_work(teacher):
         pytest.raises(NameError),
     ):
         fit(Slip(), TeacherMatching(teacher))
+
+    class MadeLate(Plain):
+        def on_train_start(self):
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            self.seen.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    class ReadsTheTuple(Plain):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            images, labels = batch
+            assert images.dtype == torch.uint8
+            return images, labels
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["image"], batch["label"]), batch_idx)
+
     with warnings.catch_warnings(action="error", category=InputWarning):
         fit(NeedsTrainer(), TeacherMatching(teacher))
+        fit(MadeLate(), TeacherMatching(teacher))
+        fit(ReadsTheTuple(), TeacherMatching(teacher), batch_keys=("image", "label"))
 
 
 @pytest.mark.filterwarnings("ignore:a trial of the training step of Fails")

@@ -23,6 +23,7 @@ from d4m_plugin.logits import LogitsHook, all_logits, source_of_logits
 from d4m_plugin.matching import MIXINGS, Mixed, matching_loss, soften
 from d4m_plugin.teachers import Teacher, name_of, tried_teacher
 
+AT_THE_START = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")
 STORED = "stored"  # the teacher whose logits are in the set
 
 
@@ -153,21 +154,22 @@ class TeacherMatching(L.Callback):
             InputWarning: where the step fails in another way.
         """
         images = torch.zeros(2, 3, data.image_size, data.image_size)
-        batch = data.packed(images, torch.zeros(2, dtype=torch.int64))
+        labels = torch.zeros(2, dtype=torch.int64)
         if self.student is not None:
             self._check_is_there(pl_module, self.student)
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
                 copied = copy.deepcopy(pl_module).cpu()
                 step = functools.partial(type(copied).training_step, copied)  # not one set on the instance
-                for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
-                    batch = getattr(copied, hook)(batch, 0)
+                read = copied.on_before_batch_transfer((images.to(torch.uint8), labels), 0)
+                batch = copied.on_after_batch_transfer(data.packed(read[0].float(), read[1]), 0)
                 takes_index = is_param_in_hook_signature(copied.training_step, "batch_idx", min_args=2)
                 with all_logits(copied, (2, data.num_classes)) as seen:
                     result = step(batch, 0) if takes_index else step(batch)
         except Exception as error:
-            # A copy has no trainer, nor what hangs on it.
-            if not any(missing in str(error) for missing in ("not attached to a `Trainer`", "'NoneType' object")):
+            # A copy has no trainer, nor what hangs on it, nor what a hook of the training's start makes.
+            missing = any(each in str(error) for each in ("not attached to a `Trainer`", "'NoneType' object"))
+            if not missing and not any(is_overridden(hook, pl_module) for hook in AT_THE_START):
                 rank_zero_warn(
                     f"a trial of the training step of {type(pl_module).__name__}, on two black images, failed "
                     f"({type(error).__name__}: {first_line(error)}); the training will where that is not the trial's.",

@@ -92,9 +92,8 @@ def compare(
     network = network_of(features, protocol, source, sets[0], cache_dir)
     shared = (source, diffusion, None, output / "arms", teacher, cache_dir, num_workers)
     arms_of_sets = [Arms(each, *shared) for each in sets]
-    of_sets = [
-        Trainings(each, protocol, output / "runs", compile) for each in arms_of_sets
-    ]  # all are checked before one is trained on
+    # All are checked before one is trained on.
+    of_sets = [Trainings(each, protocol, output / "runs", compile) for each in arms_of_sets]
     trainings = [each.of_seeds() for each in of_sets]
     runs = trained(list(itertools.chain(*trainings)))
     if not is_first():

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from d4m_plugin.errors import InputError
+from d4m_plugin.progress import Progress
 from d4m_plugin.sources.base import LabelledImages
 
 LARGEST_NATURAL_SIZE = 224  # pixels; what classifiers of photographs see
@@ -125,6 +126,7 @@ def squares_of(
     resize: Resize = "crop",
     chosen: Sequence[int] | None = None,
     num_workers: int = 0,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Return images as squares, uint8, shape (N, 3, size, size), each as `to_pixels` makes it.
 
@@ -133,20 +135,25 @@ def squares_of(
         size: edge in pixels.
         resize: how an image that is not square becomes so.
         chosen: the indices of those that are wanted, in this order; all by default.
-        num_workers: processes that read them.
+        num_workers: processes that read them, where they are more than a few.
+        progress: moved on by one for each image.
     """
     chosen = range(len(images)) if chosen is None else chosen
     squares = np.empty((len(chosen), 3, size, size), np.uint8)
-    if num_workers:
-        parts: Any = [chosen[start : start + READ_AT_ONCE] for start in range(0, len(chosen), READ_AT_ONCE)]
-        own = torch.Generator()  # the loader draws from it, and would from the one that training goes on with
-        read = _Squaring(images, size, resize)
-        loader = DataLoader(read, None, sampler=parts, num_workers=num_workers, generator=own)
-        for number, part in enumerate(loader):
-            squares[number * READ_AT_ONCE :][: len(part)] = part
+    if not len(chosen) > READ_AT_ONCE * num_workers > 0:  # processes take a while to start
+        for place, index in enumerate(chosen):
+            squares[place] = _square(images[index][0], size, resize)
+            if progress is not None:
+                progress.update()
         return torch.from_numpy(squares)
-    for place, index in enumerate(chosen):
-        squares[place] = _square(images[index][0], size, resize)
+    parts: Any = [chosen[start : start + READ_AT_ONCE] for start in range(0, len(chosen), READ_AT_ONCE)]
+    own = torch.Generator()  # the loader draws from it, and would from the one that training goes on with
+    read = _Squaring(images, size, resize)
+    loader = DataLoader(read, None, sampler=parts, num_workers=num_workers, generator=own)
+    for number, part in enumerate(loader):
+        squares[number * READ_AT_ONCE :][: len(part)] = part
+        if progress is not None:
+            progress.update(len(part))
     return torch.from_numpy(squares)
 
 
