@@ -143,7 +143,7 @@ def test_a_checkpoint_of_the_last_step_can_be_validated_tested_and_asked(run, mo
     assert sum(right) / 500 == pytest.approx(accuracy, abs=1e-4)
 
     out = run("predict", "--ckpt_path", rows["checkpoint"], "--trainer.limit_predict_batches", "2")[1]
-    assert len(Path(table_of(out)["predictions"]).read_text().splitlines()) == 1 + 2 * 64
+    assert len(Path(table_of(out)["predictions"]).read_text().splitlines()) == 1 + 2 * 100
 
     monkeypatch.setattr(ImageClassifier, "predict_step", lambda self, batch, at: self(batch[0]))
     status, out, err = run("predict", "--ckpt_path", rows["checkpoint"])
