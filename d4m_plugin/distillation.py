@@ -231,8 +231,8 @@ def make_prototypes(
     labels = {class_file(work, label).name: label for label in counts}
     sizes = {name: counts[label] for name, label in labels.items()}
 
-    def finish(label: int, latents: Tensor, encoding: float) -> None:
-        if keep_latents and not _latents_file(kept, label).exists():
+    def finish(label: int, latents: Tensor, encoding: float, keep: bool) -> None:
+        if keep:
             save_tensors(_latents_file(kept, label), {"latents": latents})
         started = time.perf_counter()
         found = cluster(latents, recipe.prototypes, seed_of(recipe.seed, label))
@@ -244,11 +244,11 @@ def make_prototypes(
     def not_encoded(labels: Iterable[int]) -> Iterator[int]:
         for label in labels:
             started = time.perf_counter()
-            latents = _read_latents(_latents_file(kept, label), remove_damaged=keep_latents)
+            latents = _read_latents(_latents_file(kept, label))
             if latents is None:
                 yield label
             else:
-                beside.run(partial(finish, label, latents, time.perf_counter() - started))
+                beside.run(partial(finish, label, latents, time.perf_counter() - started, keep=False))
 
     with (
         Progress("Encoding", sum(counts.values())) as progress,
@@ -258,7 +258,7 @@ def make_prototypes(
         for free in classes.rounds():
             started = time.perf_counter()
             for label, latents in encoded(not_encoded(labels[name] for name in free), progress):
-                beside.run(partial(finish, label, latents, time.perf_counter() - started))
+                beside.run(partial(finish, label, latents, time.perf_counter() - started, keep=keep_latents))
                 started = time.perf_counter()
             beside.wait()
 
@@ -300,7 +300,7 @@ class _Beside:
             self._in_hand.result()
 
 
-def _read_latents(file: Path, remove_damaged: bool) -> Tensor | None:
+def _read_latents(file: Path) -> Tensor | None:
     """Return the latents of a class, None where they are not kept whole."""
     try:
         return load_tensors(file)["latents"]
@@ -308,8 +308,6 @@ def _read_latents(file: Path, remove_damaged: bool) -> Tensor | None:
         return None
     except DamagedError as error:
         warnings.warn(f"{error} The class is encoded again.", InputWarning, stacklevel=2)
-        if remove_damaged:
-            file.unlink(missing_ok=True)
         return None
 
 

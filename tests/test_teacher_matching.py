@@ -659,7 +659,7 @@ def test_the_teacher_sees_the_batch_whatever_the_step_does_to_it_in_place(teache
 def test_a_step_that_fails_by_itself_is_told_before_the_long_work(teacher):
     class Slip(Plain):
         def training_step(self, batch, batch_idx):
-            return F.cross_entropy(self(batch[0]), nothing)  # noqa: F821
+            return F.cross_entropy(self(batch[0]), nothing)  # noqa: F821  # the slip that is to be told
 
     with (
         pytest.warns(InputWarning, match=r"step of Slip, .* failed \(NameError: name 'nothing' is not defined\)"),

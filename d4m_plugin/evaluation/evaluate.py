@@ -29,7 +29,7 @@ from d4m_plugin.record import ResultsRecord, read_record, record_in_turn, write_
 from d4m_plugin.screening import readable_source
 from d4m_plugin.seeding import seed_of
 from d4m_plugin.sources import Source
-from d4m_plugin.sources.images import Resize, read_image, squares_of
+from d4m_plugin.sources.images import read_image
 from d4m_plugin.subsets import at_most
 from d4m_plugin.teachers import load_teacher
 
@@ -167,7 +167,7 @@ def results_of(
             pictures["The prototypes, through the VAE alone."] = read_image(file, str(file))
     seen: Features | None = None
     if network is not None:
-        real, real_labels = _sample(source, judged.image_size, judged.resize)
+        real, real_labels = _sample(arms)
         of_source = features == "teacher"  # whose classes the teacher knows
         name = f"the teacher {without_folders(protocol.teacher)}" if of_source else without_folders(features)
         named = (labels, real_labels) if of_source else (None, None)
@@ -199,10 +199,11 @@ def network_of(
     return network
 
 
-def _sample(source: Source, size: int, resize: Resize) -> tuple[Tensor, Tensor]:
+def _sample(arms: Arms) -> tuple[Tensor, Tensor]:
     """Return real training images, at most 5,000 of all classes together, as squares, and their labels."""
+    source = arms.source
     chosen = at_most(source.train(), max(1, REAL_SAMPLE // len(source.classes)), seed_of(-2))  # no arm's draw
-    return squares_of(chosen, size, resize), torch.as_tensor(chosen.targets, dtype=torch.int64)
+    return arms.squares_of(chosen), torch.as_tensor(chosen.targets, dtype=torch.int64)
 
 
 def _record(judged: JudgedSet, results: dict[str, Any]) -> None:
