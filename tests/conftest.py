@@ -27,6 +27,7 @@ settings.load_profile("short")
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     """An empty cache for each test, and a working folder where Lightning may leave its logs."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of an earlier test, by which samplers of processes draw
     monkeypatch.setenv("D4M_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
