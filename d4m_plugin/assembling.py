@@ -155,5 +155,5 @@ def _described_model(recipe: ResolvedRecipe) -> ModelRecord:
     return {
         "hub_id": None if embedded or here else recipe.diffusion,
         "digest": model_digest(recipe.diffusion) or None,
-        "license": LICENSE if embedded else license_of(recipe.diffusion, "model"),
+        "license": LICENSE if embedded else license_of(recipe.diffusion, "model", recipe.diffusion_revision),
     }

@@ -13,7 +13,10 @@ from typing import Any
 
 from d4m_plugin.errors import InputError
 
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+REFUSALS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.ENOLCK, errno.EOPNOTSUPP),  # of a file system that knows no locks
+)
 
 
 def refusal_of(error: BaseException) -> str | None:
@@ -31,7 +34,10 @@ def resolve_cache_dir(cache_dir: str | Path | None = None) -> Path:
         InputError: where it cannot be made or written.
     """
     default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/d4m"
-    folder = Path(cache_dir or os.environ.get("D4M_CACHE") or default).expanduser().resolve()
+    try:
+        folder = Path(cache_dir or os.environ.get("D4M_CACHE") or default).expanduser().resolve()
+    except RuntimeError as error:
+        raise InputError("this user has no home folder; name a folder as `cache_dir` or $D4M_CACHE.") from error
     make_writable(folder, "cache_dir")
     return folder
 

@@ -93,8 +93,10 @@ Made again by
 | diffusion model | {model} | {model_license} | {model_citation} |
 
 Names of the classes, versions and checksums: `{config}/d4m.json`; the prototypes' latents:
-`{config}/prototypes.safetensors`.
+`{config}/prototypes.safetensors`.{labels}
 {results}"""
+
+LABELS = """ A further column, `logits`, is what the teacher {teacher} says of each image."""
 
 RESULTS = """
 ### Results of {config}
@@ -270,6 +272,7 @@ def _set(config: str, metadata: Record) -> str:
         model=_linked(model["hub_id"], recipe["diffusion"], ""),
         model_license=_plain(model["license"]),
         model_citation="d4m-plugin" if recipe["diffusion"] in EMBEDDED else _page(model["hub_id"]),
+        labels=LABELS.format(teacher=_code(metadata["labels"]["teacher"])) if "labels" in metadata else "",
         results=_results(config, metadata["results"]) if "results" in metadata else "",
     )
 

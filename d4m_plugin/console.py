@@ -1,5 +1,6 @@
 """What the command line tells the user: tables, warnings of one line, and errors of one sentence."""
 
+import io
 import logging
 import os
 import re
@@ -39,6 +40,8 @@ def to_the_user(run: Callable[[], None]) -> None:
     """Run a command; end with status 2 and one sentence where the user can mend it, with 130 at Ctrl-C."""
     warnings.formatwarning = _in_one_line
     _told.clear()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: what the terminal lacks is no error
     try:
         run()
     except KeyboardInterrupt:
@@ -61,13 +64,20 @@ _told: set[str] = set()  # warnings, each of which is said once, whichever stage
 
 def _sentence_of(error: Exception) -> str | None:
     """Return what to tell of an error that the user can mend; None of any other."""
-    several = str(error).startswith("Training with multiple optimizers")
-    if type(error).__name__ == "MisconfigurationException" or several:  # Lightning's for options that cannot work
+    lightnings = str(error).startswith(("Training with multiple optimizers", "Early stopping conditioned on metric"))
+    if type(error).__name__ == "MisconfigurationException" or lightnings:  # of options that cannot work
         return str(error)
+    if made := re.match(
+        r"Does not validate.*?Problem with given class_path ('.*?'):\n\s*(.*?)\n", str(error), re.DOTALL
+    ):
+        return f"{made[1]} cannot be made: {made[2]}"  # such as a logger whose package is not here
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     cut_off = isinstance(error, EOFError) or str(error).startswith("PytorchStreamReader")
     if isinstance(error, UnpicklingError) or (cut_off and any(_is_torchs_load(frame) for frame in frames)):
-        return "the checkpoint is damaged, or holds more than tensors: it is not read, since that could run code."
+        return (
+            "the checkpoint is damaged, or holds more than tensors: it is not read, since that could run code; "
+            "`weights_only: false` lets a `ckpt_path` that you trust."
+        )
     restoring = any(frame.f_code.co_name == "restore_model" for frame in frames)
     if restoring and str(error).startswith("Error(s) in loading state_dict"):  # a module may load others of its own
         return "`ckpt_path` names a checkpoint of another model, or of another number of classes or image size."

@@ -33,7 +33,9 @@ class Batches:
             batch = slice(start, min(start + self.size, count))
             try:
                 done.append(work(batch))
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 if self.size == 1:
                     raise InputError(
                         "the device's memory does not hold one image; use a smaller model or `resolution`."
@@ -42,6 +44,11 @@ class Batches:
                 continue
             start = batch.stop
         return done
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's memory has run out, of which Apple's tells in words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
 
 
 def default_device() -> torch.device:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from d4m_plugin.cache import checksum, digest
-from d4m_plugin.devices import Batches, autocast, compute_dtype, default_device
+from d4m_plugin.devices import Batches, autocast, compute_dtype, default_device, out_of_memory
 from d4m_plugin.errors import InputError, first_line
 from d4m_plugin.hub import is_hub_id, why_unread
 from d4m_plugin.mode_guidance import pulled_toward
@@ -228,8 +228,8 @@ class LatentDiffusion:
         vae = self.pipeline.vae
         try:
             return work(batch)
-        except torch.OutOfMemoryError:
-            if len(batch) > 1 or getattr(vae, "use_tiling", True):
+        except RuntimeError as error:
+            if not out_of_memory(error) or len(batch) > 1 or getattr(vae, "use_tiling", True):
                 raise  # fewer images at once may do; or tiles do not
         vae.enable_tiling()
         return work(batch)
@@ -542,8 +542,10 @@ def _make_scheduler(own: Any, name: str | None, options: dict[str, Any]) -> Any:
 def model_digest(model: str) -> str:
     """Return a hash of a model's files, "" for one on the Hub, whose revision names it."""
     place = ASSETS / model if model in EMBEDDED else Path(model).expanduser()
-    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    names = sorted(path.relative_to(place) for path in place.rglob("*")) if place.is_dir() else [Path()]
     parts = []
-    for path in filter(Path.is_file, files):
-        parts += [str(path.relative_to(place)), checksum(path)]
+    for name in names:
+        hidden = any(part.startswith(".") for part in name.parts)  # what Finder and downloads leave there
+        if not hidden and (place / name).is_file():
+            parts += [name.as_posix(), checksum(place / name)]
     return digest(parts) if parts else ""

@@ -58,7 +58,7 @@ class DistilledDataset(VisionDataset):
         revision: the commit, of a set of the Hub.
 
     Args:
-        root: the set's folder, or the Hub's dataset repository, as user/name.
+        root: a folder of sets or that of one of them, or the Hub's dataset repository, as user/name.
         config_name: which of several sets there, such as `ipc-10`; the only one by default.
         revision: branch, tag or commit of a repository.
         transform: of the image.
@@ -77,6 +77,9 @@ class DistilledDataset(VisionDataset):
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         root = root.expanduser() if isinstance(root, Path) else os.path.expanduser(root)
+        if (Path(root) / "d4m.json").is_file():  # one of several sets is named by its own folder
+            own = Path(root).resolve()
+            root, config_name = own.parent, config_name or own.name
         super().__init__(root, transform=transform, target_transform=target_transform)
         self.revision: str | None = None
         if _is_repository(root):
@@ -183,6 +186,11 @@ class DistilledDataset(VisionDataset):
             return pa.chunked_array(_batches(map(pq.ParquetFile, shards(self.folder)), "image"), pa.binary())
 
     @property
+    def class_to_idx(self) -> dict[str, int]:
+        """The label of each class by its name, of two of one name the first's, as torchvision's datasets have it."""
+        return {name: label for label, name in reversed(list(enumerate(self.classes)))}
+
+    @property
     def preview(self) -> Path:
         """The picture of the set."""
         return self.folder / "preview.png"
@@ -218,9 +226,7 @@ def _choose(found: Sequence[str], config: str | None, root: str) -> str:
     if not found:
         raise InputError(f"{root!r} is not a distilled set: no d4m.json lies in a folder of it.")
     if config is None and len(found) > 1:
-        raise InputError(
-            f"{root!r} holds several sets; name one as `config_name`, or its own folder: {', '.join(found)}."
-        )
+        raise InputError(f"{root!r} holds several sets; name one as `config_name`: {', '.join(found)}.")
     config = config or found[0]
     if config not in found:
         raise InputError(f"`config_name` is {config!r}, but {root!r} holds {', '.join(found)}.")

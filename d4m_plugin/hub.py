@@ -94,10 +94,16 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str], **options
     return persistently(lambda: Path(snapshot_download(repo_id, **options)), repo_id)
 
 
-def license_of(name: str, kind: Literal["dataset", "model"]) -> str:
+def license_of(name: str, kind: Literal["dataset", "model"], revision: str | None = None) -> str:
     """Return the licence that the card of a folder or of a Hub repository states; "unknown" where there is none.
 
-    Several are in a row: "mit, cc0-1.0".
+    Args:
+        name: the folder, or the repository.
+        kind: of repository.
+        revision: of the repository; by default the newest.
+
+    Returns:
+        The Hub's name for it; several are in a row: "mit, cc0-1.0".
     """
     import httpx2
     from huggingface_hub import hf_hub_download
@@ -105,7 +111,7 @@ def license_of(name: str, kind: Literal["dataset", "model"]) -> str:
     try:
         file = Path(name).expanduser() / "README.md"
         if not file.parent.exists():
-            file = Path(hf_hub_download(name, "README.md", repo_type=kind))
+            file = Path(hf_hub_download(name, "README.md", repo_type=kind, revision=revision))
         stated = card_of(file.read_bytes(), str(file)).data.get("license")
     except (OSError, ValueError, httpx2.HTTPError):
         return "unknown"

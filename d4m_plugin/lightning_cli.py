@@ -8,8 +8,10 @@ import math
 import os
 import re
 import shlex
+import sys
 import warnings
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import lightning as L
@@ -30,6 +32,7 @@ from d4m_plugin.errors import InputError, InputWarning
 from d4m_plugin.hub import TRANSFORMERS
 from d4m_plugin.models.classifier import ImageClassifier
 
+DEFAULT_CLASSES = {"model": "d4m_plugin.ImageClassifier", "data": "d4m_plugin.D4MDataModule"}
 DEFAULT_STEPS = 500
 LOG_EVERY = 20  # steps
 OFFERED = ("num_classes", "image_size")  # what a model learns of the data, where it takes it
@@ -50,6 +53,12 @@ register_type(torch.device, str, torch.device)  # of SWA, whose saved configurat
 class Parser(OneSentenceErrors, LightningArgumentParser):
     """LightningCLI's, with our errors."""
 
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> list[str]:
+        """Require no class: each has a default."""
+        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required=False)
+
 
 class D4MCLI(LightningCLI):
     """LightningCLI whose model, data, teacher and training have defaults, so that `fit` alone runs whole."""
@@ -57,8 +66,10 @@ class D4MCLI(LightningCLI):
     def __init__(self) -> None:
         for message in BESIDE_THE_POINT:
             warnings.filterwarnings("ignore", message)
+        # No interval by itself, so that one of 1, which is Lightning's, is known to be asked for.
+        ours = {"precision": trainer_precision(), "log_every_n_steps": LOG_EVERY, "check_val_every_n_epoch": None}
         super().__init__(
-            trainer_defaults={"precision": trainer_precision(), "log_every_n_steps": LOG_EVERY},
+            trainer_defaults=ours,
             seed_everything_default=0,
             parser_class=Parser,
             save_config_kwargs={"overwrite": True},
@@ -67,14 +78,41 @@ class D4MCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the teacher's options, our defaults, and what the model learns of the data."""
         parser.add_lightning_class_args(TeacherMatching, "matching")
-        parser.set_defaults(
-            {
-                "model": {"class_path": "d4m_plugin.ImageClassifier"},
-                "data": {"class_path": "d4m_plugin.D4MDataModule"},
-            }
-        )
+        parser.set_defaults({part: {"class_path": path} for part, path in DEFAULT_CLASSES.items()})
         for name in OFFERED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what is given alone first, and then all, with defaults of the classes that are given.
+
+        jsonargparse would hand what the default class takes on to one named in its place: our `lr` to another's module.
+        """
+        words = sys.argv[1:] if args is None else list(args)
+        silent = [word for word in words if not word.startswith("--print_config")]
+        given = parser.parse_args(silent, defaults=False)
+        self._given = given[given.subcommand]
+        for part in DEFAULT_CLASSES:
+            if path := self._given.get(f"{part}.class_path"):
+                self._subcommand_parsers[given.subcommand].set_defaults({part: {"class_path": path}})
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take from a checkpoint how its module was made, where it is not given: Lightning would take all.
+
+        Raises:
+            InputError: where the module that is given is another.
+        """
+        subcommand = self.config.subcommand
+        if self.config[subcommand].weights_only is False:
+            return  # Lightning would read it here as if it held tensors alone
+        super()._parse_ckpt_path()
+        if given := self._given.get("model"):
+            found = self.config[subcommand].model.class_path
+            if locate(found) is not locate(given.class_path):
+                raise InputError(
+                    f"`ckpt_path` names a checkpoint of {found}, but `model` is {given.class_path}; name the same."
+                )
+            self.config = self.parser.parse_object({subcommand: {"model": given}}, self.config)
 
     @property
     def _options(self) -> Any:
@@ -86,10 +124,10 @@ class D4MCLI(LightningCLI):
         options = self._options.trainer
         if options["max_steps"] == -1 and options["max_epochs"] is None and options["max_time"] is None:
             kwargs["max_steps"] = DEFAULT_STEPS
-        if options["check_val_every_n_epoch"] == 1 and not isinstance(options["val_check_interval"], float):
-            # An epoch of a distilled set may be one step: count an interval across epochs.
-            interval = options["val_check_interval"] or DEFAULT_STEPS // 2
-            kwargs |= {"val_check_interval": interval, "check_val_every_n_epoch": None}
+        if options["check_val_every_n_epoch"] is None and isinstance(options["val_check_interval"], float):
+            kwargs["check_val_every_n_epoch"] = 1  # a share of an epoch
+        elif options["check_val_every_n_epoch"] is None and options["val_check_interval"] is None:
+            kwargs["val_check_interval"] = DEFAULT_STEPS // 2  # across epochs: one of a distilled set may be one step
         callbacks = options["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)

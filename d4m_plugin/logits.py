@@ -12,8 +12,8 @@ def logits_in(output: Any, shape: tuple[int, int]) -> Tensor | None:
     """Return the logits in what a module returned.
 
     Args:
-        output: a tensor, a tuple whose first fitting tensor counts (the rest may be an auxiliary head's), a mapping, or
-            an object with `logits`, as transformers return.
+        output: a tensor, a tuple whose first fitting tensor counts (the rest may be an auxiliary head's), a mapping,
+            likewise but for `logits` or `out`, or an object with `logits`, as transformers return.
         shape: the logits' shape: images of the batch, classes.
     """
     parts: Any = ()
@@ -22,7 +22,7 @@ def logits_in(output: Any, shape: tuple[int, int]) -> Tensor | None:
     elif isinstance(getattr(output, "logits", None), Tensor):
         parts = (output.logits,)
     elif isinstance(output, Mapping):
-        parts = output.values()
+        parts = [*(output[name] for name in ("logits", "out") if name in output), *output.values()]
     elif isinstance(output, list | tuple):
         parts = output
     return next((part for part in parts if isinstance(part, Tensor) and part.shape == shape), None)

@@ -196,6 +196,8 @@ def pretrain(
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             part.half()
         pipeline.save_pretrained(work / "pipeline")
+        for weights in (work / "pipeline").rglob("*.safetensors"):
+            weights.chmod((weights.parent / "config.json").stat().st_mode)  # as `write_tensors` does
         (work / "pipeline").replace(output)
         shutil.rmtree(work)
     with suppress(OSError):  # other options' work may be there

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,7 +13,7 @@ from d4m_plugin.card import merged_card
 from d4m_plugin.distilled import PARQUET, DistilledDataset, columns_of, shards
 from d4m_plugin.errors import InputError
 from d4m_plugin.hub import fetch_set, persistently
-from d4m_plugin.record import Record, encoded
+from d4m_plugin.record import Record, encoded, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,11 @@ def check_write_access(repo_id: str, private: bool = False) -> None:
         # None leaves the choice to the organisation's settings, as false would not.
         api.create_repo(repo_id, repo_type="dataset", private=private or None, exist_ok=True)
         api.auth_check(repo_id, repo_type="dataset", write=True)
+        if private and not api.dataset_info(repo_id).private:
+            raise InputError(
+                f"`private` is true, but {repo_id} is there already, and public; make it private in its settings, or "
+                "name another as `hub_id`."
+            )
 
     persistently(check, repo_id)
 
@@ -74,6 +80,7 @@ def _check_files(dataset: DistilledDataset) -> None:
     folder, recorded = dataset.folder, dataset.metadata["checksums"]
     dataset.fetch_whole()
     found = {path.name: path for path in folder.iterdir() if path.name != "d4m.json"}
+    found = {name: path for name, path in found.items() if name in recorded or name[0] != "."}  # Finder leaves some
     if dataset.revision is not None:
         found = {name: path for name, path in found.items() if name in recorded}
     for name, path in sorted(found.items()):
@@ -107,6 +114,15 @@ def _commit(api: Any, dataset: DistilledDataset, repo_id: str, metadata: Record)
     of_config = {name for name in there if name.startswith(f"{config}/")}
     if of_config and f"{config}/d4m.json" not in of_config:
         raise InputError(f"`hub_id` is {repo_id!r}, whose {config} was not written by d4m-plugin; name another.")
+    if of_config:
+        file = hf_hub_download(repo_id, f"{config}/d4m.json", repo_type="dataset", revision=head.sha)
+        name = other = metadata["source"]["name"]
+        with suppress(InputError):  # damaged, or of another format: replaced
+            other = read_record(Path(file).parent)["source"]["name"]
+        if name != other:
+            raise InputError(
+                f"`hub_id` is {repo_id!r}, whose {config} is of {other}, where yours is of {name}; name another."
+            )
     card = None
     if "README.md" in there:
         file = hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head.sha)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d4m_plugin.devices import Batches, default_device
+from d4m_plugin.devices import Batches, default_device, out_of_memory
 from d4m_plugin.diffusion import LatentDiffusion, embedded_prompts
 from d4m_plugin.errors import InputError, InputWarning, first_line
 from d4m_plugin.prototypes import Prototypes
@@ -161,7 +161,9 @@ def _make_in_float32(
     try:
         with model.full_precision():
             images[blank] = again()
-    except (torch.OutOfMemoryError, InputError):  # they are worth less than all that is to come
+    except (RuntimeError, InputError) as error:  # they are worth less than all that is to come
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
         tried = "and the memory does not hold the model in float32"
     if still := of_one_colour(images):
         named = ", ".join(sorted({repr(prompts[n]) for n in still}))

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +28,7 @@ from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.sources.names import match_classes, readable
-from d4m_plugin.units import checksum_of, in_turn
+from d4m_plugin.units import checksum_of, in_turn, write_tensors
 
 CHANCE_SAMPLE = 256  # real images that a teacher is tried on
 CHANCE_BATCH = 32
@@ -283,6 +283,7 @@ PRETRAINED = ", ".join(f"{library}:NAME" for library in _LIBRARIES)
 
 
 def _read_safetensors(path: Path) -> Teacher:
+    path.open("rb").close()  # as `load_tensors` does
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -305,7 +306,7 @@ def save_teacher(checkpoint: Path, output: Path) -> None:
     student, data, weights = _student_of(checkpoint)
     halves = {name: _in(torch.float16, weight) for name, weight in weights.items()}
     metadata = {"student": json.dumps(student), "data": json.dumps(data), "checksum": checksum_of(halves)}
-    save_file(halves, output, metadata)
+    write_tensors(output, halves, metadata)
 
 
 def _in(dtype: torch.dtype, weight: Tensor) -> Tensor:

@@ -177,7 +177,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], **seconds: float) ->
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: dict[str, str] | None = None) -> None:
     """Write a safetensors file; what the disk refuses is an OSError, as of any other file."""
     try:
+        path.touch()
+        mode = path.stat().st_mode  # of any file made here; safetensors makes its own for their owner alone
         save_file(dict(tensors), path, told)
+        path.chmod(mode)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -199,6 +202,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: where there is no such file.
         DamagedError: where it holds something else.
     """
+    path.open("rb").close()  # safetensors calls a file that may not be read one that is not there
     try:
         with safe_open(path, "pt") as file:
             told = json.loads((file.metadata() or {}).get("unit", "{}"))

@@ -225,7 +225,8 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, name: str, kind: str, revision: str = "main") -> None:
         oid, files = self._at(name, revision, kind)
         siblings = [{"rfilename": file} for file in sorted(files)]
-        self._answer({"id": name, "sha": oid, "private": False, "siblings": siblings, "tags": []})
+        told = {"id": name, "sha": oid, "private": self._repo(name, kind).private, "siblings": siblings, "tags": []}
+        self._answer(told)
 
     def tree(self, name: str, kind: str, revision: str, folder: str | None = None) -> None:
         _, files = self._at(name, revision, kind)

@@ -1,5 +1,6 @@
 import csv
 import hashlib
+import io
 import json
 import logging
 import re
@@ -476,6 +477,123 @@ def test_a_checkpoint_of_a_module_that_saves_its_hyperparameters_is_read_back(ru
     assert status == 0, err
     assert torch.load(table_of(out)["checkpoint"], weights_only=True)["global_step"] == 3
     assert "Saving has no `predict_step`" in run("predict", *words, "--ckpt_path", checkpoint)[2]
+
+
+OWN_OPTIONS = """
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch.nn import functional as F
+
+
+class Mine(L.LightningModule):
+    def __init__(self, num_classes: int, lr: float = 0.01, where: Path = Path("x")) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, num_classes))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_mine", self.net(batch[0]).mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.hparams.lr)
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, batch_size: int = 7) -> None:
+        super().__init__()
+"""
+
+
+@pytest.fixture
+def own_options():
+    Path("own_options.py").write_text(OWN_OPTIONS, encoding="utf-8")
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_class_of_the_users_has_its_own_defaults(run, own_options, by_file):
+    words = ["--model", "own_options.Mine", "--data", "own_options.Data"]
+    if by_file:
+        named = {part: {"class_path": f"own_options.{name}"} for part, name in (("model", "Mine"), ("data", "Data"))}
+        Path("own.yaml").write_text(yaml.safe_dump(named), encoding="utf-8")
+        words = ["--config", "own.yaml"]
+    status, out, err = run("fit", *words, "--print_config")
+    assert status == 0, err
+    config = yaml.safe_load(out)
+    assert config["model"]["init_args"] == {"lr": 0.01, "where": "x"}
+    assert config["data"]["init_args"] == {"batch_size": 7}
+    status, out, err = run("fit", *words, "--print_config", "--model.lr", "0.5")
+    assert yaml.safe_load(out)["model"]["init_args"]["lr"] == 0.5, err
+
+
+def test_what_is_given_beside_a_checkpoint_counts(run, own_options):
+    status, out, err = run("fit", *UNMEASURED, "--trainer.max_steps", "1", "--data.train_on", "random")
+    assert status == 0, err
+    checkpoint = ["--ckpt_path", table_of(out)["checkpoint"]]
+    words = ["--data.train_on", "random", *checkpoint]
+    says = "names a checkpoint of d4m_plugin.ImageClassifier, but `model` is own_options.Mine"
+    assert says in run("validate", "--model", "own_options.Mine", *words)[2]
+    assert "names a checkpoint of another model" in run("validate", "--model.student", "resnet18", *words)[2]
+    status, out, err = run("fit", *UNMEASURED, "--trainer.max_steps", "2", *words, "--model.lr", "0.5")
+    assert status == 0, err
+    assert torch.load(table_of(out)["checkpoint"], weights_only=True)["hyper_parameters"]["lr"] == 0.5
+
+
+def test_a_checkpoint_of_more_than_tensors_is_read_where_the_user_says_so(run, own_options, monkeypatch):
+    monkeypatch.syspath_prepend(Path.cwd())
+    import lightning as L
+    from own_options import Mine
+
+    data, module = D4MDataModule(Digits(), train_on="random", ipc=1), Mine(10)
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, logger=False, enable_progress_bar=False)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint("mine.ckpt")  # whose hyperparameters have a Path
+    words = ["--model", "own_options.Mine", "--data.train_on", "random", "--ckpt_path", "mine.ckpt"]
+    status, _, err = run("validate", *words)
+    assert status == 2
+    assert "`weights_only: false` lets a `ckpt_path` that you trust" in err
+    status, out, err = run("validate", *words, "--weights_only", "false")
+    assert status == 0, err
+    assert "val_mine" in out
+
+
+def test_who_asks_for_validation_each_epoch_has_it(run):
+    words = ["--data.train_on", "random", "--data.ipc", "1", "--trainer.max_epochs", "2", "--trainer.limit_val_batches"]
+    status, _, err = run("fit", *words, "1", "--trainer.check_val_every_n_epoch", "1", "--data.batch_size", "5")
+    assert status == 0, err
+    with Path("lightning_logs/version_0/metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["val_accuracy"]]
+    assert steps == [1, 3]
+
+
+def test_a_metric_that_nobody_logs_is_one_sentence(run):
+    words = ["--data.train_on", "random", "--trainer.callbacks", "EarlyStopping"]
+    status, _, err = run("fit", *UNMEASURED, *words, "--trainer.callbacks.monitor", "val_acc")
+    assert status == 2
+    assert err.splitlines()[-1].startswith("error: Early stopping conditioned on metric `val_acc`")
+
+
+def test_a_class_whose_package_is_not_here_is_one_sentence(run):
+    Path("needy.py").write_text(
+        "from lightning.pytorch.loggers import Logger\n"
+        "class Needy(Logger):\n"
+        "    def __init__(self):\n        raise ModuleNotFoundError('needs a package')\n"
+        "    name = version = log_metrics = log_hyperparams = None\n"
+    )
+    status, _, err = run("fit", *UNMEASURED, "--data.train_on", "random", "--trainer.logger", "needy.Needy")
+    assert status == 2
+    assert err.splitlines()[-1] == "error: 'needy.Needy' cannot be made: needs a package"
+
+
+def test_what_a_terminal_cannot_show_is_no_error(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    console.to_the_user(lambda: print("\N{MINUS SIGN}0.5", flush=True))
+    assert written.getvalue() == b"\\u22120.5\n"
 
 
 @pytest.mark.parametrize(

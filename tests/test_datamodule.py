@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from d4m_plugin import D4MDataModule, ImageClassifier, ImageFolder, InputError, Recipe, distill
 from d4m_plugin.errors import InputWarning
@@ -60,6 +61,16 @@ def test_validation_and_test_are_the_real_test_images(squares):
         assert (images.permute(0, 2, 3, 1).numpy() == test.pixels).all()
         pixels = (data.to_unit_range(data.normalised(images)) * 255).round()
         assert torch.equal(pixels.to(torch.uint8), images)
+
+
+def test_images_that_are_no_bytes_are_not_normalised_again(squares):
+    class Own(D4MDataModule):
+        def val_dataloader(self):
+            return DataLoader([(torch.rand(3, 16, 16), 0)])
+
+    trainer = L.Trainer(logger=False, enable_progress_bar=False, barebones=True)
+    with pytest.raises(InputError, match=r"images of a batch are torch.float32, before .* it takes them as uint8"):
+        trainer.validate(ImageClassifier(3, 16), datamodule=Own(squares, train_on="random", ipc=1))
 
 
 def test_training_images_are_augmented_and_others_only_normalised(squares):

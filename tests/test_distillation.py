@@ -662,6 +662,10 @@ def test_another_model_in_the_same_folder_is_another_set(squares, tmp_path):
     recipe = dataclasses.replace(RECIPE, diffusion=str(tmp_path / "model")).resolved(squares)
     before = distillation.set_fingerprint(squares, recipe)
     assert before == distillation.set_fingerprint(Squares(), recipe)
+    for litter in (".DS_Store", ".cache/huggingface/download/model_index.json.metadata"):
+        (tmp_path / "model" / litter).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / litter).write_text("of Finder, or of a download")
+    assert before == distillation.set_fingerprint(squares, recipe)
     weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert distillation.set_fingerprint(squares, recipe) != before
@@ -676,6 +680,19 @@ class TestDistilledDataset:
     @pytest.mark.parametrize("config", [None, "ipc-4"])
     def test_a_set_can_be_named(self, squares, config):
         assert len(DistilledDataset(distill(squares, RECIPE).root, config)) == 12
+
+    def test_a_sets_own_folder_names_it(self, squares, monkeypatch):
+        made = distill(squares, RECIPE)
+        monkeypatch.chdir(made.folder)
+        for own in (made.folder, str(made.folder), "."):
+            named = DistilledDataset(own)
+            assert (named.root, named.folder) == (made.root, made.folder)
+
+    def test_labels_are_found_by_their_names(self, squares):
+        dataset = distill(squares, RECIPE)
+        assert dataset.class_to_idx == {"black": 0, "grey": 1, "white": 2}
+        dataset.classes = ["crane", "hen", "crane"]
+        assert dataset.class_to_idx == {"crane": 0, "hen": 1}
 
     def test_a_folder_that_is_no_set_is_named(self, tmp_path):
         with pytest.raises(InputError, match="is not a distilled set"):
@@ -701,7 +718,10 @@ class TestDistilledDataset:
             DistilledDataset(dataset.root)
 
 
-def test_where_memory_runs_out_batches_are_halved_and_the_set_is_the_same(squares, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")]
+)
+def test_where_memory_runs_out_batches_are_halved_and_the_set_is_the_same(squares, tmp_path, monkeypatch, error):
     whole = distill(squares, RECIPE, output=tmp_path / "whole", batch_size=2)
     sizes = []
     for name in ("encode", "denoise"):
@@ -710,7 +730,7 @@ def test_where_memory_runs_out_batches_are_halved_and_the_set_is_the_same(square
         def small(self, items, *rest, real=real, **options):
             sizes.append(len(items))
             if len(items) > 2:
-                raise torch.OutOfMemoryError("out of memory")
+                raise error
             return real(self, items, *rest, **options)
 
         monkeypatch.setattr(LatentDiffusion, name, small)
@@ -720,6 +740,14 @@ def test_where_memory_runs_out_batches_are_halved_and_the_set_is_the_same(square
     assert sizes == [6, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 12, 6, 3, 2, 2, 2, 2, 2, 2]
     assert torch.equal(halved.images, whole.images)
     assert halved.targets == whole.targets
+
+
+def test_an_error_that_is_not_of_memory_stays():
+    def work(batch):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        Batches(8).run(work, 3)
 
 
 def test_memory_for_not_even_one_image_is_told():

@@ -1,6 +1,7 @@
 """Sharing by the Hub: real huggingface_hub and datasets in processes of their own, against a small Hub in memory."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from d4m_plugin import D4MDataModule, DistilledDataset, InputError, Recipe, distill
+from d4m_plugin import D4MDataModule, DistilledDataset, HuggingFace, InputError, Recipe, distill
 from d4m_plugin.card import merged_card
 from d4m_plugin.datamodules import d4m
 from d4m_plugin.distilled import checksums, with_png, write_parquet
@@ -384,6 +385,63 @@ print(json.dumps(said))
 """)
     for sentence, (repo, token, says) in zip(said, PUSHES, strict=True):
         assert (says in sentence) if says else re.fullmatch("[0-9a-f]{40}", sentence[0]), (repo, token)
+
+
+def test_a_private_set_is_not_pushed_where_all_can_read_it(here, made):
+    here.dataset(REPO)
+    with pytest.raises(InputError, match=f"`private` is true, but {REPO} is there already, and public"):
+        made.push_to_hub(REPO, private=True)
+    assert set(files_of(here)) == {".gitattributes"}
+    assert made.push_to_hub("me/secret", private=True)
+    assert made.push_to_hub("me/secret", private=True, tag="again")
+
+
+def test_a_set_does_not_take_the_place_of_another_sources(here, made):
+    made.push_to_hub(REPO)
+    record = json.loads((made.folder / "d4m.json").read_text())
+    record["source"]["name"] = "photos"
+    here.dataset(REPO, files_of(here) | {"ipc-2/d4m.json": json.dumps(record).encode()})
+    with pytest.raises(InputError, match=f"{REPO}', whose ipc-2 is of photos, where yours is of squares; name another"):
+        made.push_to_hub(REPO)
+    here.dataset(REPO, files_of(here) | {"ipc-2/d4m.json": b"{"})
+    assert made.push_to_hub(REPO)
+
+
+def rows_of(labels):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=labels))
+    pictures = [Image.new("L", (8, 8), level) for level in range(4)]
+    file = io.BytesIO()
+    datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 0, 1]}, features).to_parquet(file)
+    return {f"{split}.parquet": file.getvalue() for split in ("train", "test")}
+
+
+def test_a_revision_of_a_source_is_that_one_or_none(here):
+    repo = here.dataset("you/photos", rows_of(["a", "b"]) | {"README.md": b"---\nlicense: mit\n---\n"})
+    repo.tags["v1"] = repo.commits[-1][0]
+    here.dataset("you/photos", rows_of(["c", "d"]) | {"README.md": b"---\nlicense: cc0-1.0\n---\n"})
+    first = HuggingFace("you/photos", revision="v1")
+    assert (first.classes, first.license) == (["a", "b"], "mit")
+    cut_off = [hub_server.Fault(method, ".", times=1000) for method in ("GET", "HEAD", "POST")]
+    here.faults = cut_off
+    assert HuggingFace("you/photos", revision="v1").classes == ["a", "b"]
+    here.faults = []
+    newest = HuggingFace("you/photos")
+    assert (newest.classes, newest.license) == (["c", "d"], "cc0-1.0")
+    with pytest.raises(InputError, match="Revision 'v7' doesn't exist for dataset 'you/photos' on the Hub"):
+        HuggingFace("you/photos", revision="v7")
+    here.faults = cut_off
+    assert HuggingFace("you/photos").classes == ["c", "d"]
+    with pytest.raises(InputError, match=f"`revision` is 'v1', but .* is of commit {repo.commits[-1][0]}; name that"):
+        HuggingFace("you/photos", revision="v1")
+    assert HuggingFace("you/photos", revision=repo.commits[-1][0]).classes == ["c", "d"]
+
+
+def test_configurations_that_can_be_named_are_told(here):
+    configs = "".join(f"- {{config_name: {name}, data_files: train.parquet}}\n" for name in "xy")
+    card = f"---\nconfigs:\n{configs}---\n".encode()
+    here.dataset("you/several", rows_of(["a", "b"]) | {"README.md": card})
+    with pytest.raises(InputError, match=r"available configs: \['x', 'y'\]; name one as `config`"):
+        HuggingFace("you/several")
 
 
 def test_what_cannot_be_read_is_told(hub, client):

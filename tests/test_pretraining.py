@@ -50,6 +50,10 @@ def test_the_product_is_a_stock_pipeline_in_half_precision(pretrained):
     assert not list(pretrained.rglob("*.bin"))
 
 
+def test_who_may_read_one_file_of_the_product_may_read_all(pretrained):
+    assert len({path.stat().st_mode for path in pretrained.rglob("*.*") if path.is_file()}) == 1
+
+
 def test_the_vae_learnt_to_reconstruct(pretrained, random_model):
     def error(model, pixels):
         return (model.decode(model.encode(pixels)).float() - pixels).abs().mean()

@@ -146,6 +146,24 @@ def test_damaged_latents_are_encoded_again(damage, squares, tmp_path):
     assert kills.contents(again.root) == whole
 
 
+def test_who_may_read_other_files_may_read_tensors(tmp_path):
+    """As another user of a shared cache; safetensors makes its files for their owner alone."""
+    (tmp_path / "other").touch()
+    save_tensors(tmp_path / "unit.safetensors", {"ones": torch.ones(2)})
+    assert (tmp_path / "unit.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_unit_that_may_not_be_read_is_not_one_that_is_not_there(tmp_path, monkeypatch):
+    save_tensors(tmp_path / "unit.safetensors", {"ones": torch.ones(2)})
+
+    def refused(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "open", refused)  # as the user of this machine may be root
+    with pytest.raises(PermissionError):
+        load_tensors(tmp_path / "unit.safetensors")
+
+
 def test_a_flipped_bit_of_a_unit_is_noticed(tmp_path):
     path = tmp_path / "unit.safetensors"
     dtypes = (torch.float32, torch.float16, torch.uint8, torch.int64, torch.bool)

@@ -7,6 +7,7 @@ import shutil
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -235,6 +236,26 @@ def test_hidden_files_and_others_are_left_out_and_counted(tmp_path):
     assert (list(source.classes), len(source.train())) == (["a", "b"], 2)
 
 
+@pytest.mark.parametrize("name", ["loose.PNG", "more.tar.gz", "cow.zip"])
+def test_files_beside_the_class_folders_are_told(tmp_path, name):
+    make_folder(tmp_path, train=["a", "b"], val=["a", "b"])
+    (tmp_path / "train" / name).touch()
+    (tmp_path / "val" / "labels.txt").touch()
+    with pytest.warns(InputWarning) as told:
+        ImageFolder(tmp_path)
+    (warning,) = told
+    assert f"train/{name}' lies beside the class folders and is left out" in str(warning.message)
+
+
+def test_a_test_folder_without_labels_does_not_serve_unless_it_is_named(tmp_path):
+    make_folder(tmp_path, 5, train=["a", "b"], test=["unknown"])
+    with pytest.warns(InputWarning, match=r"test' has a folder of no class, so it is left out"):
+        source = ImageFolder(tmp_path)
+    assert (len(source.train()), len(source.test())) == (8, 2)
+    with pytest.raises(InputError, match=r"test' has the class folder 'unknown'"):
+        ImageFolder(tmp_path, test_folder="test")
+
+
 def test_an_empty_class_folder_is_named(tmp_path):
     (make_folder(tmp_path, train=["a"], val=["a", "b"]) / "train" / "b").mkdir()
     with pytest.raises(InputError, match=r"class folder '.*train/b' has no images; fill or remove it"):
@@ -415,10 +436,14 @@ def test_a_root_that_cannot_be_written_is_no_failed_download(source):
         source("/dev/null/data", download=True).train()
 
 
-@pytest.mark.parametrize(("source", "name"), [(CIFAR10, "CIFAR10"), (CIFAR100, "CIFAR100")])
-def test_cifar_that_is_not_there_is_named(tmp_path, source, name):
-    with pytest.raises(InputError, match=f"where {name} is not; name its folder or set `download` to true"):
-        source(tmp_path).train()
+@pytest.mark.parametrize(
+    ("source", "name", "folder"),
+    [(CIFAR10, "CIFAR10", "cifar-10-batches-py"), (CIFAR100, "CIFAR100", "cifar-100-python")],
+)
+def test_cifar_that_is_not_there_is_named(tmp_path, source, name, folder):
+    fault = f"which holds no folder '{folder}' of {name}; name the one that does, or set `download` to true"
+    with pytest.raises(InputError, match=fault):
+        source(tmp_path / folder).train()
 
 
 def test_cifar_100_takes_names_and_order_from_its_own_files(tmp_path, monkeypatch):
@@ -502,6 +527,15 @@ class TestHuggingFace:
         source = HuggingFace(tmp_path / "train.parquet", test_share=0.5)
         assert source.classes == ["0", "1"]
         assert sorted([*source.train().targets, *source.test().targets]) == [0, 1, 1]
+
+    def test_labels_of_a_database_are_whole_numbers(self, tmp_path):
+        from datasets import Value
+
+        labels = [Decimal(label) for label in (1, 0, 1, -1, 0)]
+        self.write(tmp_path / "train.parquet", [*labels, None], Value("decimal128(10, 0)"))
+        source = HuggingFace(tmp_path / "train.parquet", test_share=0.5)
+        assert source.classes == ["0", "1"]
+        assert sorted([*source.train().targets, *source.test().targets]) == [0, 0, 1, 1]
 
     def test_arrays_of_grey_pixels_are_as_bright_as_they_say(self, tmp_path):
         from datasets import Array2D, Dataset, Features, Value

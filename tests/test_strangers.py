@@ -323,6 +323,7 @@ def test_what_the_record_does_not_know_is_not_pushed(made, tmp_path):
         with pytest.raises(InputError, match=rf"{name}' is not as its d4m.json records it, or not recorded at all"):
             push(made, "me/squares", False, None, None, None)
         (made.folder / name).unlink()
+    (made.folder / ".DS_Store").touch()  # as Finder makes it again and again: it is not pushed
     with pytest.raises(InputError, match=r"preview.png' is missing; make or fetch the set anew"):
         push(made, "me/squares", False, None, None, None)
 

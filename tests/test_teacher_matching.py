@@ -158,6 +158,18 @@ class ReturnsAuxiliaryLogits(_Wraps):
         return output[0]
 
 
+class ReturnsAuxiliaryLogitsByName(_Wraps):
+    """The auxiliary ones first."""
+
+    @staticmethod
+    def wrap(logits):
+        return {"aux_logits": 2 * logits, "logits": logits}
+
+    @staticmethod
+    def logits_of(output):
+        return output["logits"]
+
+
 class ReturnsAnOutputObject(_Wraps):
     """As transformers do."""
 
@@ -188,6 +200,7 @@ STUDENTS = [
     ReturnsProbabilities,
     HasSoftmaxForAMetric,
     ReturnsAuxiliaryLogits,
+    ReturnsAuxiliaryLogitsByName,
     ReturnsAnOutputObject,
     TakesDicts,
 ]

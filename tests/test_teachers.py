@@ -298,6 +298,7 @@ def test_imagenets_classes_are_known_by_any_library_s_names():
 
 
 def test_a_name_that_could_be_two_classes_is_missing():
+    assert match_classes(["\u00e9t\u00e9", "Chat"], ["chat", "e\u0301te\u0301"]) == ([1, 0], [])  # of Linux, of macOS
     assert match_classes(["Cat", "dog"], ["cat", "CAT", "dog"]) == ([2], ["Cat"])
     assert match_classes(["Cat", "CAT", "dog"], ["cat", "dog"]) == ([1], ["Cat", "CAT"])
 

@@ -283,6 +283,10 @@ class D4MDataModule(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> Any:
         """Augment a training batch, normalise any other, on the device that the trainer has moved it to."""
         images, labels = batch
+        if images.dtype != torch.uint8:
+            raise InputError(
+                f"images of a batch are {images.dtype}, before D4MDataModule normalises them; it takes them as uint8."
+            )
         images = (self.augmented if self._at_work.training else self.normalised)(images)
         images = self._at_work.precision_plugin.convert_input(images)  # it saw uint8, before
         return self._by_the_modules_own("on_after_batch_transfer", self.packed(images, labels), dataloader_idx)
@@ -442,4 +446,4 @@ def _ended_at_once() -> Iterator[None]:
         say("Stopped. What is distilled so far is kept: the same command goes on from there.")
         raise
     finally:
-        signal.signal(signal.SIGTERM, lightnings)
+        signal.signal(signal.SIGTERM, lightnings or signal.SIG_DFL)  # None is of a program that Python runs in

@@ -108,9 +108,7 @@ def open_set(name: str, source: Source, config_name: str | None = None) -> Judge
         return _others(name.replace("/", "-"), found, source)
     if not path.is_dir():
         return _of_a_file(path, source)
-    if (path / "d4m.json").is_file():
-        path, config_name = path.resolve().parent, path.resolve().name
-    if any(path.glob("*/d4m.json")):
+    if (path / "d4m.json").is_file() or any(path.glob("*/d4m.json")):
         return ours(DistilledDataset(path.resolve(), config_name), source)
     try:
         folders = class_folders(path)

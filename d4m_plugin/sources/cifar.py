@@ -42,7 +42,8 @@ class CIFAR10(Source):
         except RuntimeError as error:
             if not self.download:
                 raise InputError(
-                    f"`root` is {str(self.root)!r}, where {name} is not; name its folder or set `download` to true."
+                    f"`root` is {str(self.root)!r}, which holds no folder {self.dataset.base_folder!r} of {name}; name "
+                    "the one that does, or set `download` to true."
                 ) from error
         make_writable(self.root, "root")
         try:

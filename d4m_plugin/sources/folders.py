@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,8 @@ class ImageFolder(IndexedSource):
     """Images under `root/CLASS/`, or under `root/train/CLASS/` and `root/val/CLASS/` (or `validation`, `test`).
 
     A class folder is searched to any depth, each folder once, whatever links lead to it. Hidden files, and files that
-    are no images by their names, are left out and counted. Folders named by WordNet id get words, underscores become
+    are no images by their names, are left out and counted; so are, with a word, images and archives beside the class
+    folders, and hidden folders without one. Folders named by WordNet id get words, underscores become
     spaces.
 
     Args:
@@ -73,6 +75,10 @@ class ImageFolder(IndexedSource):
         check_share(test_share)
         train, folders, test = _find_splits(self.root, train_folder, test_folder)
         self.classes = self._names(folders, synonyms)
+        if test is not None and test_folder is None and {*folders}.isdisjoint(class_folders(test)):
+            sentence = f"{str(test)!r} has a folder of no class, so it is left out, and training images are set apart"
+            warnings.warn(f"{sentence}; name another as `test_folder`.", InputWarning, stacklevel=2)
+            test = None
         if test is not None:  # first, as it is mostly smaller, and finds what does not go together
             self._test = _index_test(test, train, folders)
         self._train = index(train, folders)
@@ -293,6 +299,12 @@ def class_folders(folder: Path) -> list[str]:
 def index(root: Path, folders: Sequence[str]) -> _Files:
     """Return the images of class folders, in order; count what else lies there."""
     suffixes = _image_suffixes()
+    archives = tuple(suffix for _, of_format, _ in shutil.get_unpack_formats() for suffix in of_format)
+    for name in sorted(entry.name for entry in os.scandir(root) if not entry.is_dir()):
+        if name[0] != "." and name.lower().endswith((*suffixes, *archives)):
+            sentence = f"{str(root / name)!r} lies beside the class folders and is left out, as all such files are"
+            warnings.warn(f"{sentence}; an image's class is its folder.", InputWarning, stacklevel=2)
+            break
     chunks: list[pa.Array] = []
     left_out: Counter[str] = Counter()
     for folder in folders:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +112,7 @@ class HuggingFace(IndexedSource):
     @cached_property
     def license(self) -> str:  # type: ignore[override]  # read when asked for
         """The licence that the dataset's card states."""
-        return license_of(self.path, "dataset")
+        return license_of(self.path, "dataset", self.revision)
 
 
 class _Rows:
@@ -224,11 +225,36 @@ def _load(path: str, config: str | None, revision: str | None) -> "DatasetDict":
     try:
         if file.is_file():
             return datasets.load_dataset(FILE_BUILDERS[file.suffix], data_files=str(file))
-        # Resolved, as `datasets` wants a name in it, which `.` is not.
-        return datasets.load_dataset(str(file.resolve()) if file.is_dir() else path, config, revision=revision)
+        if file.is_dir():  # resolved, as `datasets` wants a name in it, which `.` is not
+            return datasets.load_dataset(str(file.resolve()), config)
+        return _load_from_the_hub(path, config, revision)
+    except InputError:
+        raise
     except Exception as error:  # of all kinds, for files and cards that are something else
-        reason = first_line(error.__cause__ or error)
-        raise InputError(f"`path` is {path!r}, which `datasets` cannot open: {reason}.") from error
+        reason = " ".join(str(error).partition("\nExample")[0].split()).rstrip(".")
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):  # which says nothing
+            reason = first_line(error.__cause__ or error)
+        told = "; name one as `config`" if "available configs" in reason else ""
+        raise InputError(f"`path` is {path!r}, which `datasets` cannot open: {reason}{told}.") from error
+
+
+def _load_from_the_hub(path: str, config: str | None, revision: str | None) -> "DatasetDict":
+    """Return a dataset of the Hub, or the copy that `datasets` has kept of it, if that is of the revision."""
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+    from huggingface_hub import try_to_load_from_cache
+
+    builder = datasets.load_dataset_builder(path, config, revision=revision)
+    if revision is not None and isinstance(builder, Cache):  # the latest copy, whatever was asked for
+        card = try_to_load_from_cache(path, "README.md", repo_type="dataset", revision=revision)
+        commit = Path(card).parent.name if isinstance(card, str) else revision
+        if builder.hash != commit:
+            raise InputError(
+                f"`revision` is {revision!r}, but the Hub does not give it, and the newest copy of {path} here is of "
+                f"commit {builder.hash}; name that, or fetch yours anew."
+            )
+    builder.download_and_prepare()
+    return builder.as_dataset()
 
 
 def _split(splits: "DatasetDict", name: str, option: str) -> "Dataset":
@@ -273,6 +299,8 @@ def _label_values(rows: "Dataset", column: str) -> list[Any]:
 def _label(value: Any) -> Any:
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
+    if isinstance(value, Decimal):  # as databases have them
+        value = float(value)
     if isinstance(value, float) and value.is_integer():  # as pandas makes them of whole numbers with gaps
         value = int(value)
     missing = not value >= 0 if isinstance(value, int | float) else not value  # not a number is not below 0

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -36,6 +37,7 @@ def readable(name: str, synonyms: Synonyms = "first") -> str:
         name: such as `n02012849`, `hen_house`, `cat`, or WordNet's own `goldfish, Carassius auratus`.
         synonyms: of WordNet's, the `first` ("goldfish") or `all` ("goldfish, Carassius auratus").
     """
+    name = unicodedata.normalize("NFC", name)  # as all but old file systems of macOS write it
     words = wordnet().get(name, name) if WORDNET_ID.fullmatch(name) else name
     if synonyms == "first" and ", " in words and words in _all_synonyms():
         return words.split(", ")[0]
@@ -84,6 +86,7 @@ def _is_imagenet(names: Sequence[str]) -> bool:
 
 def _spellings(name: str) -> set[str]:
     """Return what a class may be called too, in lower case with single spaces."""
+    name = unicodedata.normalize("NFC", name)
     texts = [name, *name.split(", ")]
     if WORDNET_ID.fullmatch(name):
         texts += wordnet().get(name, "").split(", ")
