@@ -22,6 +22,7 @@ from d4m_plugin.recipe import Recipe
 from d4m_plugin.record import Record, ResultsRecord
 
 BESIDE_DATA = ("license", "licence", "notice", "requirements")  # files of text, whatever their suffix
+UNKNOWN = re.compile(r"^\| (?:real images|diffusion model) \|.*\| unknown \| [^|]*\|$", re.MULTILINE)  # of `SET`
 MARKUP = re.compile(r"[`<>&|\[\]*\\]")
 
 NOT_GIVEN = {"max_images_per_class": "all", "diffusion_revision": "the newest", "teacher": "none", "lora": "none"}
@@ -175,10 +176,10 @@ def merged_card(
     hidden = [name for name in others if _is_data(name)]
     if hidden and not merged.data.get("configs"):  # `datasets` finds data that no config names only where none are
         raise InputError(f"`hub_id` is {hub_id!r}, whose data ({hidden[0]}) has no config that names it; name another.")
-    _add_metadata(merged.data, config, metadata, size)
     text = merged.text.strip() or f"# {_plain(source['name'])}, distilled"
     text = _with_part(text, "about", _about(config, metadata, hub_id))
     text = _with_part(text, config, _set(config, metadata))
+    _add_metadata(merged.data, config, metadata, size, text)
     return f"---\n{merged.data.to_yaml()}\n---\n\n{text}\n"
 
 
@@ -194,7 +195,7 @@ def _is_data(name: str) -> bool:
     return path.suffix.lower() in (_EXTENSION_TO_MODULE.keys() | {".zip", ".gz"}) - {".md", ".toml"}  # what tells of it
 
 
-def _add_metadata(data: Any, config: str, metadata: Record, size: int) -> None:
+def _add_metadata(data: Any, config: str, metadata: Record, size: int, text: str) -> None:
     from datasets import DatasetInfo
     from datasets.info import DatasetInfosDict
     from datasets.splits import SplitDict, SplitInfo
@@ -213,7 +214,8 @@ def _add_metadata(data: Any, config: str, metadata: Record, size: int) -> None:
 
     licenses = sorted({each for part in (source, metadata["model"]) for each in part["license"].split(", ")})
     _add(data, "license", licenses)
-    if len(configs) == 1 and "unknown" not in licenses:  # as it was before somebody told
+    all_ours = all(_mark(each["config_name"]) in text for each in configs)
+    if all_ours and not UNKNOWN.search(text):  # as it was before somebody told
         data.license = [each for each in data.license if each != "unknown"]
     if len(data.license) == 1:
         data.license = data.license[0]
@@ -232,9 +234,14 @@ def _add(data: Any, key: str, values: list[str]) -> None:
     data[key] = list(dict.fromkeys(([there] if isinstance(there, str) else list(there)) + values))
 
 
+def _mark(name: str) -> str:
+    """Return what begins a part of ours."""
+    return f"<!-- d4m:{name} -->"
+
+
 def _with_part(text: str, name: str, part: str) -> str:
     """Return text with a part of ours in its place, or at the end."""
-    start, end = f"<!-- d4m:{name} -->", f"<!-- /d4m:{name} -->"
+    start, end = _mark(name), f"<!-- /d4m:{name} -->"
     part = f"{start}\n{part.strip().replace('<!--', '&lt;!--')}\n{end}"  # of what others wrote, none is a mark
     there = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
     return there.sub(lambda _: part, text) if there.search(text) else f"{text.rstrip()}\n\n{part}"

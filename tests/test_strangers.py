@@ -372,6 +372,12 @@ def test_a_licence_that_is_told_takes_the_place_of_none(made):
     assert DatasetCard(merged_card(None, "ipc-2", made.metadata, 1)).data.license == "unknown"
     card = merged_card(merged_card(None, "ipc-2", made.metadata, 1).encode(), "ipc-2", known, 1)
     assert DatasetCard(card).data.license == "mit"
+    others = made.metadata | {"recipe": made.metadata["recipe"] | {"ipc": 3}}
+    card = merged_card(card.encode(), "ipc-3", others, 1)
+    assert DatasetCard(card).data.license == ["mit", "unknown"]
+    for name in ("ipc-2", "ipc-3"):
+        card = merged_card(card.encode(), name, known, 1)
+    assert DatasetCard(card).data.license == "mit"
 
 
 def test_a_command_on_a_card_says_what_the_record_says(made):
