@@ -188,7 +188,7 @@ class DistilledDataset(VisionDataset):
     @property
     def class_to_idx(self) -> dict[str, int]:
         """The label of each class by its name, of two of one name the first's, as torchvision's datasets have it."""
-        return {name: label for label, name in reversed(list(enumerate(self.classes)))}
+        return {name: self.classes.index(name) for name in self.classes}
 
     @property
     def preview(self) -> Path:

@@ -690,7 +690,7 @@ class TestDistilledDataset:
 
     def test_labels_are_found_by_their_names(self, squares):
         dataset = distill(squares, RECIPE)
-        assert dataset.class_to_idx == {"black": 0, "grey": 1, "white": 2}
+        assert list(dataset.class_to_idx.items()) == [("red", 0), ("green / blue", 1), ("ünï 🦆", 2)]
         dataset.classes = ["crane", "hen", "crane"]
         assert dataset.class_to_idx == {"crane": 0, "hen": 1}
 
