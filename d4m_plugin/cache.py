@@ -13,10 +13,8 @@ from typing import Any
 
 from d4m_plugin.errors import InputError
 
-REFUSALS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
-    *(errno.ENOLCK, errno.EOPNOTSUPP),  # of a file system that knows no locks
-)
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+REFUSALS |= {errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems that know no locks
 
 
 def refusal_of(error: BaseException) -> str | None:
@@ -34,10 +32,11 @@ def resolve_cache_dir(cache_dir: str | Path | None = None) -> Path:
         InputError: where it cannot be made or written.
     """
     default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/d4m"
+    folder = Path(cache_dir or os.environ.get("D4M_CACHE") or default)
     try:
-        folder = Path(cache_dir or os.environ.get("D4M_CACHE") or default).expanduser().resolve()
-    except RuntimeError as error:
-        raise InputError("this user has no home folder; name a folder as `cache_dir` or $D4M_CACHE.") from error
+        folder = folder.expanduser().resolve()
+    except RuntimeError as error:  # without a home
+        raise InputError(f"`cache_dir` is {str(folder)!r}: {error} Name another folder, as $D4M_CACHE too.") from error
     make_writable(folder, "cache_dir")
     return folder
 

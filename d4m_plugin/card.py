@@ -138,9 +138,11 @@ class CardFields(TypedDict, total=False):
 
 
 def write_card(folder: Path, config: str, metadata: Record) -> None:
-    """Write the README.md of a set's folder, or its parts about this set where it is there."""
+    """Write the README.md of a set's folder, or its parts about this set where one with such parts is there."""
     file = folder / "README.md"
     card = content_of(file) if file.exists() else None
+    if card and b"<!-- d4m:" not in card:  # of whatever holds the set's folder
+        return
     size = sum(path.stat().st_size for path in (folder / config).glob(PARQUET))
     with written_whole(file) as path:
         path.write_text(merged_card(card, config, metadata, size), encoding="utf-8")

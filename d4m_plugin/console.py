@@ -62,10 +62,13 @@ _in_full = warnings.formatwarning
 _told: set[str] = set()  # warnings, each of which is said once, whichever stages and processes give it
 
 
+# Of options that cannot work, too, but of no class of Lightning's.
+LIGHTNINGS = ("Training with multiple optimizers", "Early stopping conditioned on metric", "`val_check_interval` (")
+
+
 def _sentence_of(error: Exception) -> str | None:
     """Return what to tell of an error that the user can mend; None of any other."""
-    lightnings = str(error).startswith(("Training with multiple optimizers", "Early stopping conditioned on metric"))
-    if type(error).__name__ == "MisconfigurationException" or lightnings:  # of options that cannot work
+    if type(error).__name__ == "MisconfigurationException" or str(error).strip().startswith(LIGHTNINGS):
         return str(error)
     if made := re.match(
         r"Does not validate.*?Problem with given class_path ('.*?'):\n\s*(.*?)\n", str(error), re.DOTALL

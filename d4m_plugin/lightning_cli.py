@@ -11,6 +11,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from pydoc import locate
 from typing import Any
 
@@ -91,10 +92,14 @@ class D4MCLI(LightningCLI):
         silent = [word for word in words if not word.startswith("--print_config")]
         given = parser.parse_args(silent, defaults=False)
         self._given = given[given.subcommand]
+        unlike_defaults = any(word.startswith("--print_config=") and "skip_default" in word for word in words)
         for part in DEFAULT_CLASSES:
             if path := self._given.get(f"{part}.class_path"):
-                self._subcommand_parsers[given.subcommand].set_defaults({part: {"class_path": path}})
+                default = None if unlike_defaults else {"class_path": path}  # which would not be printed
+                self._subcommand_parsers[given.subcommand].set_defaults({part: default})
         super().parse_arguments(parser, args)
+        if self.config[given.subcommand].model is None:
+            raise InputError("`model` is null; name a class, or leave it out for an ImageClassifier.")
 
     def _parse_ckpt_path(self) -> None:
         """Take from a checkpoint how its module was made, where it is not given: Lightning would take all.
@@ -102,15 +107,20 @@ class D4MCLI(LightningCLI):
         Raises:
             InputError: where the module that is given is another.
         """
-        subcommand = self.config.subcommand
-        if self.config[subcommand].weights_only is False:
-            return  # Lightning would read it here as if it held tensors alone
-        super()._parse_ckpt_path()
-        if given := self._given.get("model"):
+        subcommand, given = self.config.subcommand, self._given.get("model")
+        options = self.config[subcommand]
+        try:
+            super()._parse_ckpt_path()
+        except UnpicklingError:  # of more than tensors and numbers, which Lightning reads here from no file
+            if options.weights_only is not False:
+                raise
+            return
+        if given and options.ckpt_path:
             found = self.config[subcommand].model.class_path
             if locate(found) is not locate(given.class_path):
                 raise InputError(
-                    f"`ckpt_path` names a checkpoint of {found}, but `model` is {given.class_path}; name the same."
+                    f"`ckpt_path` names a checkpoint of {found}, but `model` is {given.class_path}; name {found} as "
+                    "`model`."
                 )
             self.config = self.parser.parse_object({subcommand: {"model": given}}, self.config)
 

@@ -13,7 +13,7 @@ def logits_in(output: Any, shape: tuple[int, int]) -> Tensor | None:
 
     Args:
         output: a tensor, a tuple whose first fitting tensor counts (the rest may be an auxiliary head's), a mapping,
-            likewise but for `logits` or `out`, or an object with `logits`, as transformers return.
+            whose `logits` or `out` come first, or an object with `logits`, as transformers return.
         shape: the logits' shape: images of the batch, classes.
     """
     parts: Any = ()

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import logging
-from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -74,8 +73,8 @@ def push(
 def _check_files(dataset: DistilledDataset) -> None:
     """Refuse a folder that does not hold what its record says: those files are pushed, and no others.
 
-    More files are refused too: a stranger's may link to a secret of this user's. Beside a set of the Hub, which is
-    fetched whole now, they are other people's.
+    More files, but hidden ones, are refused too: a stranger's may link to a secret of this user's. Beside a set of the
+    Hub, which is fetched whole now, they are other people's.
     """
     folder, recorded = dataset.folder, dataset.metadata["checksums"]
     dataset.fetch_whole()
@@ -116,13 +115,7 @@ def _commit(api: Any, dataset: DistilledDataset, repo_id: str, metadata: Record)
         raise InputError(f"`hub_id` is {repo_id!r}, whose {config} was not written by d4m-plugin; name another.")
     if of_config:
         file = hf_hub_download(repo_id, f"{config}/d4m.json", repo_type="dataset", revision=head.sha)
-        name = other = metadata["source"]["name"]
-        with suppress(InputError):  # damaged, or of another format: replaced
-            other = read_record(Path(file).parent)["source"]["name"]
-        if name != other:
-            raise InputError(
-                f"`hub_id` is {repo_id!r}, whose {config} is of {other}, where yours is of {name}; name another."
-            )
+        _check_same_source(Path(file).parent, metadata, repo_id)
     card = None
     if "README.md" in there:
         file = hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=head.sha)
@@ -141,6 +134,19 @@ def _commit(api: Any, dataset: DistilledDataset, repo_id: str, metadata: Record)
         repo_id, operations, commit_message=message, repo_type="dataset", parent_commit=head.sha or None
     )
     return str(made.oid)
+
+
+def _check_same_source(there: Path, metadata: Record, repo_id: str) -> None:
+    """Refuse to put a set in the place of one of another source."""
+    try:
+        other = read_record(there)["source"]["name"]
+    except InputError:  # damaged, or of another format: replaced
+        return
+    name = metadata["source"]["name"]
+    if name != other:
+        raise InputError(
+            f"`hub_id` is {repo_id!r}, whose {there.name} is of {other}, where yours is of {name}; name another."
+        )
 
 
 def _compare(dataset: DistilledDataset, repo_id: str, commit: str, metadata: Record) -> None:

@@ -528,6 +528,8 @@ def test_a_class_of_the_users_has_its_own_defaults(run, own_options, by_file):
     assert config["data"]["init_args"] == {"batch_size": 7}
     status, out, err = run("fit", *words, "--print_config", "--model.lr", "0.5")
     assert yaml.safe_load(out)["model"]["init_args"]["lr"] == 0.5, err
+    status, out, err = run("fit", *words, "--print_config=skip_default")
+    assert yaml.safe_load(out)["model"]["class_path"] == "own_options.Mine", err
 
 
 def test_what_is_given_beside_a_checkpoint_counts(run, own_options):
@@ -568,6 +570,22 @@ def test_who_asks_for_validation_each_epoch_has_it(run):
     with Path("lightning_logs/version_0/metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["val_accuracy"]]
     assert steps == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--model", "null"], "`model` is null; name a class"),
+        (
+            ["--trainer.val_check_interval", "100", "--trainer.check_val_every_n_epoch", "1"],
+            "`val_check_interval` (100) must be less than or equal to the number of the training batches",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence(run, words, says):
+    status, _, err = run("fit", *UNMEASURED, "--data.train_on", "random", *words)
+    assert status == 2
+    assert err.splitlines()[-1].startswith(f"error: {says}")
 
 
 def test_a_metric_that_nobody_logs_is_one_sentence(run):

@@ -222,6 +222,11 @@ def test_a_test_class_that_training_lacks_is_refused(tmp_path):
         ImageFolder(make_folder(tmp_path, train=["a", "b"], val=["b", "c"]))
 
 
+def test_test_classes_of_other_names_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"val' has the class folder 'A', which .*train' has not"):
+        ImageFolder(make_folder(tmp_path, train=["a", "b"], val=["A", "B"]))
+
+
 def test_hidden_files_and_others_are_left_out_and_counted(tmp_path):
     make_folder(tmp_path, train=["a", "b"], val=["a", "b"])
     for name in (".hidden.png", "Thumbs.db", "notes.txt", "no suffix"):
@@ -249,7 +254,7 @@ def test_files_beside_the_class_folders_are_told(tmp_path, name):
 
 def test_a_test_folder_without_labels_does_not_serve_unless_it_is_named(tmp_path):
     make_folder(tmp_path, 5, train=["a", "b"], test=["unknown"])
-    with pytest.warns(InputWarning, match=r"test' has a folder of no class, so it is left out"):
+    with pytest.warns(InputWarning, match=r"test' has the one folder 'unknown', of no class"):
         source = ImageFolder(tmp_path)
     assert (len(source.train()), len(source.test())) == (8, 2)
     with pytest.raises(InputError, match=r"test' has the class folder 'unknown'"):

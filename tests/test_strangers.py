@@ -307,6 +307,13 @@ def test_a_list_of_licences_is_that_of_each(made, tmp_path, stated, read, shown)
     assert (found, DatasetCard(merged_card(None, "ipc-2", record, 1)).data.license) == (read, shown)
 
 
+def test_a_readme_that_is_no_card_of_ours_stays(made):
+    """As of a project that a set's folder was copied into."""
+    (made.root / "README.md").write_text("# My project\n")
+    write_card(made.root, "ipc-2", made.metadata)
+    assert (made.root / "README.md").read_text() == "# My project\n"
+
+
 def test_the_card_of_a_set_is_not_written_through_a_link(made, tmp_path):
     (tmp_path / "profile").write_text("mine")
     (made.root / "README.md").unlink()

@@ -36,9 +36,8 @@ class ImageFolder(IndexedSource):
     """Images under `root/CLASS/`, or under `root/train/CLASS/` and `root/val/CLASS/` (or `validation`, `test`).
 
     A class folder is searched to any depth, each folder once, whatever links lead to it. Hidden files, and files that
-    are no images by their names, are left out and counted; so are, with a word, images and archives beside the class
-    folders, and hidden folders without one. Folders named by WordNet id get words, underscores become
-    spaces.
+    are no images by their names, are left out and counted; images and archives beside the class folders are left out
+    with a warning. Folders named by WordNet id get words, underscores become spaces.
 
     Args:
         root: the folder.
@@ -75,8 +74,8 @@ class ImageFolder(IndexedSource):
         check_share(test_share)
         train, folders, test = _find_splits(self.root, train_folder, test_folder)
         self.classes = self._names(folders, synonyms)
-        if test is not None and test_folder is None and {*folders}.isdisjoint(class_folders(test)):
-            sentence = f"{str(test)!r} has a folder of no class, so it is left out, and training images are set apart"
+        if test is not None and test_folder is None and len(own := class_folders(test)) == 1 and own[0] not in folders:
+            sentence = f"{str(test)!r} has the one folder {own[0]!r}, of no class, so training images are set apart"
             warnings.warn(f"{sentence}; name another as `test_folder`.", InputWarning, stacklevel=2)
             test = None
         if test is not None:  # first, as it is mostly smaller, and finds what does not go together
