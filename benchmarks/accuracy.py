@@ -24,12 +24,16 @@ from jsonargparse import auto_cli
 
 from d4m_plugin import D4MDataModule, Digits, ImageClassifier, LatentDiffusion, Source, TeacherMatching
 from d4m_plugin.devices import trainer_precision
+from d4m_plugin.evaluation.pictures import features_of
 from d4m_plugin.evaluation.sets import Squares
 from d4m_plugin.lightning_cli import DEFAULT_STEPS
 from d4m_plugin.sources import LabelledImages
 from d4m_plugin.sources.images import squares_of
+from d4m_plugin.sources.splits import members_by_label
+from d4m_plugin.subsets import Chosen
+from d4m_plugin.teachers import load_teacher
 
-Arm = Literal["distilled", "random", "round trip", "real"]
+Arm = Literal["distilled", "random", "confident", "round trip", "real"]
 Labels = Literal["soft", "hard"]
 Changes = dict[Literal["data", "model", "matching"], dict[str, Any]]
 BATCH = 100  # images, as in the paper's supplement
@@ -39,6 +43,17 @@ def through_the_vae(images: LabelledImages, model: LatentDiffusion) -> Squares:
     """Return images as the diffusion model's VAE gives them back: what its reconstruction alone costs."""
     batches = squares_of(images, model.resolution).split(BATCH)
     return Squares(torch.cat([model.decode(model.encode(batch)) for batch in batches]), images.targets)
+
+
+def surest(source: Source, ipc: int, teacher: str) -> Squares:
+    """Return the real images of each class that the teacher is surest of."""
+    network, train = load_teacher(teacher, source).eval(), source.train()
+    chosen = []
+    for label, members in members_by_label(train.targets).items():
+        _, logits = features_of(network, squares_of(Chosen(train, members), source.image_size))
+        chosen.append(members[logits.softmax(1)[:, label].argsort(descending=True, stable=True)[:ipc]])
+    images = Chosen(train, torch.cat(chosen))
+    return Squares(squares_of(images, source.image_size), images.targets)
 
 
 def accuracy(
@@ -54,12 +69,14 @@ def accuracy(
 ) -> float:
     """Return the accuracy of one run on the real test images."""
     L.seed_everything(seed, verbose=False)
-    drawn = "random" if arm == "round trip" else arm
+    drawn = "random" if arm == "round trip" or arm == "confident" else arm
     options = {"batch_size": BATCH} | (recipe if arm == "distilled" else {}) | changes.get("data", {})
     data = D4MDataModule(source, train_on=drawn, ipc=ipc or 1, seed=seed, **options)
     if arm == "round trip":
         model = LatentDiffusion(recipe.get("diffusion", source.diffusion))
         data.training_set = through_the_vae(data.training_set, model)
+    if arm == "confident":
+        data.training_set = surest(source, ipc, teacher)
     student = ImageClassifier(data.num_classes, data.image_size, compile=True, **changes.get("model", {}))
     matching: dict[str, Any] = {"compile_teacher": True} | changes.get("matching", {})
     trainer = L.Trainer(
@@ -115,7 +132,9 @@ def main(
         for kind, images, arm in cells:
             size = (images or max(ipc)) * len(source.classes)
             steps = epochs * math.ceil(size / batch) if epochs else DEFAULT_STEPS
-            row: dict[str, Any] = {"source": source.name, "teacher": teacher if kind == "soft" else None}
+            row: dict[str, Any] = {"source": source.name, "teacher": None}
+            if kind == "soft" or arm == "confident":
+                row["teacher"] = teacher
             row |= {"arm": arm, "labels": kind, "ipc": images, "seed": seed, "steps": steps}
             row |= {"recipe": recipe if arm == "distilled" else {}, "changes": changes}
             if key_of(row) in done:

@@ -97,7 +97,7 @@ Names of the classes, versions and checksums: `{config}/d4m.json`; the prototype
 `{config}/prototypes.safetensors`.{labels}
 {results}"""
 
-LABELS = """ A further column, `logits`, is what the teacher {teacher} says of each image."""
+LABELS = " A further column, `logits`, is what the teacher {teacher} says of each image."
 
 RESULTS = """
 ### Results of {config}

@@ -62,18 +62,19 @@ _in_full = warnings.formatwarning
 _told: set[str] = set()  # warnings, each of which is said once, whichever stages and processes give it
 
 
-# Of options that cannot work, too, but of no class of Lightning's.
+# What Lightning says of options that cannot work, where its error is of no kind of its own.
 LIGHTNINGS = ("Training with multiple optimizers", "Early stopping conditioned on metric", "`val_check_interval` (")
+
+# What jsonargparse says of a class that cannot be made, such as a logger whose package is not here.
+UNMADE = re.compile(r"Does not validate.*?Problem with given class_path ('.*?'):\n\s*(.*?)\n", re.DOTALL)
 
 
 def _sentence_of(error: Exception) -> str | None:
     """Return what to tell of an error that the user can mend; None of any other."""
     if type(error).__name__ == "MisconfigurationException" or str(error).strip().startswith(LIGHTNINGS):
         return str(error)
-    if made := re.match(
-        r"Does not validate.*?Problem with given class_path ('.*?'):\n\s*(.*?)\n", str(error), re.DOTALL
-    ):
-        return f"{made[1]} cannot be made: {made[2]}"  # such as a logger whose package is not here
+    if made := UNMADE.match(str(error)):
+        return f"{made[1]} cannot be made: {made[2]}"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     cut_off = isinstance(error, EOFError) or str(error).startswith("PytorchStreamReader")
     if isinstance(error, UnpicklingError) or (cut_off and any(_is_torchs_load(frame) for frame in frames)):
