@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +25,11 @@ from jsonargparse import auto_cli
 
 from d4m_plugin import D4MDataModule, Digits, ImageClassifier, LatentDiffusion, Source, TeacherMatching
 from d4m_plugin.devices import trainer_precision
-from d4m_plugin.evaluation.pictures import features_of
+from d4m_plugin.evaluation.arms import chosen_by
 from d4m_plugin.evaluation.sets import Squares
 from d4m_plugin.lightning_cli import DEFAULT_STEPS
 from d4m_plugin.sources import LabelledImages
 from d4m_plugin.sources.images import squares_of
-from d4m_plugin.sources.splits import members_by_label
-from d4m_plugin.subsets import Chosen
 from d4m_plugin.teachers import load_teacher
 
 Arm = Literal["distilled", "random", "confident", "round trip", "real"]
@@ -47,13 +46,11 @@ def through_the_vae(images: LabelledImages, model: LatentDiffusion) -> Squares:
 
 def surest(source: Source, ipc: int, teacher: str) -> Squares:
     """Return the real images of each class that the teacher is surest of."""
-    network, train = load_teacher(teacher, source).eval(), source.train()
-    chosen = []
-    for label, members in members_by_label(train.targets).items():
-        _, logits = features_of(network, squares_of(Chosen(train, members), source.image_size))
-        chosen.append(members[logits.softmax(1)[:, label].argsort(descending=True, stable=True)[:ipc]])
-    images = Chosen(train, torch.cat(chosen))
-    return Squares(squares_of(images, source.image_size), images.targets)
+    to_squares = partial(squares_of, size=source.image_size)
+    classes = len(source.classes)
+    network = load_teacher(teacher, source).eval()
+    chosen = chosen_by(network, source.train(), [ipc] * classes, to_squares, "confident")
+    return Squares(chosen, [label for label in range(classes) for _ in range(ipc)])
 
 
 def accuracy(
@@ -132,9 +129,8 @@ def main(
         for kind, images, arm in cells:
             size = (images or max(ipc)) * len(source.classes)
             steps = epochs * math.ceil(size / batch) if epochs else DEFAULT_STEPS
-            row: dict[str, Any] = {"source": source.name, "teacher": None}
-            if kind == "soft" or arm == "confident":
-                row["teacher"] = teacher
+            asked = teacher if kind == "soft" or arm == "confident" else None
+            row: dict[str, Any] = {"source": source.name, "teacher": asked}
             row |= {"arm": arm, "labels": kind, "ipc": images, "seed": seed, "steps": steps}
             row |= {"recipe": recipe if arm == "distilled" else {}, "changes": changes}
             if key_of(row) in done:

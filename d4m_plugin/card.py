@@ -23,6 +23,7 @@ from d4m_plugin.record import Record, ResultsRecord
 
 BESIDE_DATA = ("license", "licence", "notice", "requirements")  # files of text, whatever their suffix
 UNKNOWN = re.compile(r"^\| (?:real images|diffusion model) \|.*\| unknown \| [^|]*\|$", re.MULTILINE)  # of `SET`
+MARK = "<!-- d4m:"  # before the name of a part of ours
 MARKUP = re.compile(r"[`<>&|\[\]*\\]")
 
 NOT_GIVEN = {"max_images_per_class": "all", "diffusion_revision": "the newest", "teacher": "none", "lora": "none"}
@@ -141,7 +142,7 @@ def write_card(folder: Path, config: str, metadata: Record) -> None:
     """Write the README.md of a set's folder, or its parts about this set where one with such parts is there."""
     file = folder / "README.md"
     card = content_of(file) if file.exists() else None
-    if card and b"<!-- d4m:" not in card:  # of whatever holds the set's folder
+    if card and MARK.encode() not in card:  # of whatever holds the set's folder
         return
     size = sum(path.stat().st_size for path in (folder / config).glob(PARQUET))
     with written_whole(file) as path:
@@ -238,7 +239,7 @@ def _add(data: Any, key: str, values: list[str]) -> None:
 
 def _mark(name: str) -> str:
     """Return what begins a part of ours."""
-    return f"<!-- d4m:{name} -->"
+    return f"{MARK}{name} -->"
 
 
 def _with_part(text: str, name: str, part: str) -> str:

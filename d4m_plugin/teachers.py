@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +28,7 @@ from d4m_plugin.seeding import generator_of
 from d4m_plugin.sources import Source
 from d4m_plugin.sources.images import squares_of
 from d4m_plugin.sources.names import match_classes, readable
-from d4m_plugin.units import checksum_of, in_turn, write_tensors
+from d4m_plugin.units import checksum_of, in_turn, open_tensors, write_tensors
 
 CHANCE_SAMPLE = 256  # real images that a teacher is tried on
 CHANCE_BATCH = 32
@@ -283,9 +283,8 @@ PRETRAINED = ", ".join(f"{library}:NAME" for library in _LIBRARIES)
 
 
 def _read_safetensors(path: Path) -> Teacher:
-    path.open("rb").close()  # as `load_tensors` does
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise InputError(f"`teacher` is {str(path)!r}, which is no safetensors file ({error}).") from error

@@ -188,6 +188,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: dict[str, str
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
+def open_tensors(path: Path) -> safe_open:
+    """Open a safetensors file, which safetensors calls one that is not there where it may not be read.
+
+    Raises:
+        OSError: where it is not there, or may not be read.
+        SafetensorError: where it is no safetensors file.
+    """
+    path.open("rb").close()
+    return safe_open(path, "pt")
+
+
 def seconds_of(path: Path) -> dict[str, float]:
     """Return what `save_tensors` was told that each stage took, of a file that `load_tensors` found whole."""
     with safe_open(path, "pt") as file:
@@ -202,9 +213,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: where there is no such file.
         DamagedError: where it holds something else.
     """
-    path.open("rb").close()  # safetensors calls a file that may not be read one that is not there
     try:
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             told = json.loads((file.metadata() or {}).get("unit", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         whole = told["checksum"] == checksum_of(tensors, path.name, told["seconds"])

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -317,16 +317,7 @@ class Arms:
         return self.model.decode(torch.cat([of_class for _, of_class in latents]), self.judged.image_size)
 
     def _chosen_by_the_teacher(self, arm: Arm) -> Tensor:
-        """Class by class, so that the real images of one are held."""
-        chosen = []
-        for label, members in members_by_label(self.train.targets).items():
-            own = Chosen(self.train, members)
-            count = self.judged.counts[label]
-            pixels = self.squares_of(own)
-            features, logits = features_of(self.network, pixels)
-            sure = logits.softmax(1)[:, label].argsort(descending=True, stable=True)
-            chosen.append(pixels[herded(features, count) if arm == "herding" else sure[:count]])
-        return torch.cat(chosen)
+        return chosen_by(self.network, self.train, self.judged.counts, self.squares_of, arm)
 
     def _nearest(self) -> Tensor:
         """Each prototype in turn takes the nearest image that none before it has."""
@@ -347,6 +338,31 @@ class Arms:
     def _latents_of(self, images: LabelledImages) -> Iterator[tuple[int, Tensor]]:
         labels = sorted(set(torch.as_tensor(images.targets).tolist()))
         return encode(images, labels, self.model, self._resolution, self.recipe.resize, BLOCK, self.num_workers)
+
+
+def chosen_by(
+    network: nn.Module,
+    images: LabelledImages,
+    counts: Sequence[int],
+    to_squares: Callable[[LabelledImages], Tensor],
+    arm: Arm,
+) -> Tensor:
+    """Return the images that a teacher would choose, uint8, class by class, so that those of one are held.
+
+    Args:
+        network: the teacher, in evaluation mode.
+        images: from which it chooses.
+        counts: how many of each label.
+        to_squares: gives images as the teacher and the students see them, uint8, shape (N, 3, H, H).
+        arm: `herding` for those whose mean feature is the class's, `confident` for those that it is surest of.
+    """
+    chosen = []
+    for label, members in members_by_label(images.targets).items():
+        pixels = to_squares(Chosen(images, members))
+        features, logits = features_of(network, pixels)
+        sure = logits.softmax(1)[:, label].argsort(descending=True, stable=True)
+        chosen.append(pixels[herded(features, counts[label]) if arm == "herding" else sure[: counts[label]]])
+    return torch.cat(chosen)
 
 
 def herded(features: Tensor, count: int) -> Tensor:

@@ -74,10 +74,6 @@ class ImageFolder(IndexedSource):
         check_share(test_share)
         train, folders, test = _find_splits(self.root, train_folder, test_folder)
         self.classes = self._names(folders, synonyms)
-        if test is not None and test_folder is None and len(own := class_folders(test)) == 1 and own[0] not in folders:
-            sentence = f"{str(test)!r} has the one folder {own[0]!r}, of no class, so training images are set apart"
-            warnings.warn(f"{sentence}; name another as `test_folder`.", InputWarning, stacklevel=2)
-            test = None
         if test is not None:  # first, as it is mostly smaller, and finds what does not go together
             self._test = _index_test(test, train, folders)
         self._train = index(train, folders)
@@ -246,7 +242,12 @@ def _find_splits(root: Path, train_folder: str | None, test_folder: str | None) 
     if train_folder and tests and (root / train_folder).samefile(root / tests[0]):
         raise InputError(f"`test_folder` is {tests[0]!r}, the training split: its images would be both.")
     if train_folder is not None:
-        return root / train_folder, class_folders(root / train_folder), root / tests[0] if tests else None
+        classes, test = class_folders(root / train_folder), root / tests[0] if tests else None
+        if test and test_folder is None and len(own := _folders_in(test)) == 1 and own[0] not in classes:
+            sentence = f"{str(test)!r} has the one folder {own[0]!r}, of no class, so training images are set apart"
+            warnings.warn(f"{sentence}; name another as `test_folder`.", InputWarning, stacklevel=2)
+            test = None
+        return root / train_folder, classes, test
     # No training split: `root` has the classes, and beside them perhaps a test split of the same classes.
     if test_folder is None:
         tests = [name for name in tests if set(_folders_in(root / name)) <= {*there} - {*splits}]
